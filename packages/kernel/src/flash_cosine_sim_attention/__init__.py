@@ -1,0 +1,8 @@
+"""Fused attention for l2-normalised queries and keys."""
+
+from .attention import flash_cosine_sim_attention
+from .normalize import l2norm_tensors
+from .reference import plain_cosine_sim_attention
+
+__all__ = ["flash_cosine_sim_attention", "l2norm_tensors", "plain_cosine_sim_attention"]
+__version__ = "0.1.0"
