@@ -27,7 +27,7 @@ _library.define(
 )
 
 
-def _empty_outputs(problem: Problem) -> Outputs:
+def empty_outputs(problem: Problem) -> Outputs:
     q, k, v, wide = problem.q, problem.k, problem.v, problem.wide_dtype
     if q.shape[-1] == v.shape[-1]:
         out = torch.empty_like(q)  # in the layout of q: (b, n, h, d) buffers come back as such
@@ -41,7 +41,7 @@ def _empty_outputs(problem: Problem) -> Outputs:
     return Outputs(out, lse, q_rnorm, k_rnorm)
 
 
-def _empty_gradients(problem: Problem, needs: list[bool]) -> Gradients:
+def empty_gradients(problem: Problem, needs: list[bool]) -> Gradients:
     inputs = (problem.q, problem.k, problem.v, problem.bias, problem.scale)
     return Gradients(
         *(torch.empty_like(x) if need and x is not None else None for x, need in zip(inputs, needs, strict=True))
@@ -58,14 +58,14 @@ def _no_autocast(problem: Problem) -> contextlib.AbstractContextManager:
 def _forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *fields, backend = args
     problem = Problem(*fields)
-    outputs = _empty_outputs(problem)
+    outputs = empty_outputs(problem)
     with _no_autocast(problem):
         backends.implementation(problem, backend).forward(problem, outputs)
     return outputs.out, outputs.lse, outputs.q_rnorm, outputs.k_rnorm
 
 
 def _forward_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _empty_outputs(Problem(*args[:-1]))
+    outputs = empty_outputs(Problem(*args[:-1]))
     return outputs.out, outputs.lse, outputs.q_rnorm, outputs.k_rnorm
 
 
@@ -79,7 +79,7 @@ def _as_returned(problem: Problem, gradients: Gradients) -> tuple[Tensor, Tensor
 def _backward(dout, dlse, out, lse, q_rnorm, k_rnorm, *args):
     *fields, backend, needs = args
     problem = Problem(*fields)
-    gradients = _empty_gradients(problem, needs)
+    gradients = empty_gradients(problem, needs)
     with _no_autocast(problem):
         backends.implementation(problem, backend).backward(
             problem, Outputs(out, lse, q_rnorm, k_rnorm), dout, dlse, gradients
@@ -90,7 +90,7 @@ def _backward(dout, dlse, out, lse, q_rnorm, k_rnorm, *args):
 def _backward_fake(dout, dlse, out, lse, q_rnorm, k_rnorm, *args):
     *fields, _, needs = args
     problem = Problem(*fields)
-    return _as_returned(problem, _empty_gradients(problem, needs))
+    return _as_returned(problem, empty_gradients(problem, needs))
 
 
 class _Attention(torch.autograd.Function):

@@ -1,0 +1,305 @@
+"""What tests, benchmarks and users' own checks share: input factories, the error budget, NaN poisoning.
+
+The usual test is two lines:
+
+    inputs = make_inputs(batch=(2,), heads=4, nq=65, nk=129, dtype=torch.bfloat16, bias="hij", mask=True, causal=True)
+    assert_close_to_reference(inputs, backend="chunked")
+
+It runs forward and backward with random upstream gradients and compares every output and gradient with the float64
+definition. The budget of a tensor is twice the largest error that an eager PyTorch attention makes in the same dtype,
+plus a floor of twice the rounding of the reference (see `error_budget`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import flash_cosine_sim_attention
+from .ops import empty_gradients, empty_outputs
+from .problem import Gradients, Outputs, Problem, canonicalize
+from .reference import plain_cosine_sim_attention
+
+AttentionFunction = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
+
+DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "scale")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of `flash_cosine_sim_attention`, which documents their shapes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    attn_bias: Tensor | None = None
+    scale: float | Tensor = 8.0
+    groups: int = 1
+    causal: bool = False
+    l2norm_qk: bool = True
+    attn_bias_batch_dim: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Every floating tensor in `dtype`, detached."""
+        cast: dict[str, Any] = {name: x.detach().to(dtype) for name, x in self.tensors().items()}
+        return replace(self, **cast)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The differentiable arguments that are there, by name."""
+        return {name: getattr(self, name) for name in DIFFERENTIABLE if isinstance(getattr(self, name), Tensor)}
+
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    def problem(self) -> Problem:
+        """The canonical form, for calling a backend module directly."""
+        x = replace(self, **{name: x.detach() for name, x in self.tensors().items()})  # type: ignore[arg-type]
+        fields = canonicalize(x.q, x.k, x.v, x.mask, x.attn_bias, x.scale, x.attn_bias_batch_dim)
+        return Problem(*fields, self.groups, self.causal, self.l2norm_qk)
+
+
+def make_inputs(
+    batch: tuple[int, ...] = (2,),
+    heads: int = 2,
+    kv_heads: int | None = None,
+    nq: int = 65,
+    nk: int | None = None,
+    d: int = 32,
+    dv: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    mask: bool = False,
+    bias: str | None = None,
+    scale: float | str = 8.0,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs: q (*batch, heads, nq, d), k (*batch, kv_heads, nk, d), v (*batch, kv_heads, nk, dv).
+
+    Args:
+        heads: 0 for the merged form: q (batch, nq, d), k (batch, nk, d), v (batch, nk, dv).
+        kv_heads: None for as many as query heads, 0 for a single head without a dim of its own: k (*batch, nk, d).
+        mask: attach a random key mask (*batch, nk), True with probability 0.7.
+        bias: None, or the dims that the bias really has, out of "bhij": "hij" -> (heads, nq, nk), "bij" ->
+            (b, nq, nk) with attn_bias_batch_dim, any other, such as "bhij", "hj" or "b": all dims, those not named of
+            size 1. With several batch dims "b" is the first of them.
+        scale: a number; "scalar" or "head" for a learned tensor of one value or one a head, around 8.
+        l2norm_qk: with False q and k are of unit norm per group already (up to the rounding of dtype).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    nk, dv = nq if nk is None else nk, d if dv is None else dv
+    kv = batch if kv_heads == 0 else (*batch, heads if kv_heads is None else kv_heads)
+    kv = batch if heads == 0 else kv
+    rows = (*batch, heads) if heads else batch
+    q, k, v = randn(*rows, nq, d), randn(*kv, nk, d), randn(*kv, nk, dv)
+    if not l2norm_qk:
+        q, k = (torch.nn.functional.normalize(x.unflatten(-1, (groups, -1)), dim=-1).flatten(-2) for x in (q, k))
+    tensor_scale = 8.0 + randn(heads if scale == "head" and heads else 1) if isinstance(scale, str) else None
+    attn_bias = None if bias is None else randn(*_bias_shape(bias, batch, heads, nq, nk))
+    keys = torch.rand(*batch, nk, generator=generator) < 0.7 if mask else None
+    q, k, v = (x.to(device=device, dtype=dtype) for x in (q, k, v))
+    return Inputs(
+        *(q, k, v),
+        mask=None if keys is None else keys.to(device),
+        attn_bias=None if attn_bias is None else attn_bias.to(device=device, dtype=dtype),
+        scale=float(scale) if tensor_scale is None else tensor_scale.to(device=device, dtype=dtype),
+        groups=groups,
+        causal=causal,
+        l2norm_qk=l2norm_qk,
+        attn_bias_batch_dim=bias == "bij",
+    )
+
+
+def _bias_shape(dims: str, batch: tuple[int, ...], heads: int, nq: int, nk: int) -> tuple[int, ...]:
+    if dims == "hij":
+        return heads, nq, nk
+    if dims == "bij":
+        return batch[0], nq, nk
+    if heads == 0 and dims != "bij":
+        raise ValueError(f"bias: expected None or 'bij' for merged inputs, got {dims!r}")
+    sizes = {"b": batch[0], "h": heads, "i": nq, "j": nk}
+    outer, *pairs = (sizes[name] if name in dims else 1 for name in "bhij")
+    return (outer, *(1 for _ in batch[1:]), *pairs)
+
+
+def eager_cosine_sim_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    scale: float | Tensor = 8,
+    groups: int = 1,
+    causal: bool = False,
+    l2norm_qk: bool = True,
+    attn_bias_batch_dim: bool = False,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What one writes in PyTorch without thinking of precision: normalize, matmul, softmax, all in the inputs' dtype.
+    Its error is the yardstick of `error_budget`. The outputs are in the canonical form of problem.py.
+    """
+    q, k, v, mask, bias, scale_tensor, scale_value = canonicalize(q, k, v, mask, attn_bias, scale, attn_bias_batch_dim)
+    nq, nk, repeats = q.shape[-2], k.shape[-2], q.shape[2] // k.shape[2] if k.shape[2] else 1
+    if mask is not None:  # NaN in a masked key is no measure of anything
+        k, v = torch.where(mask[:, :, None, :, None], k, 1), torch.where(mask[:, :, None, :, None], v, 0)
+    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    if l2norm_qk:
+        q, k = (torch.nn.functional.normalize(x.unflatten(-1, (groups, -1)), dim=-1).flatten(-2) for x in (q, k))
+    factor = scale_value if scale_tensor is None else scale_tensor.to(q.dtype)[:, None, None]
+    scores = q @ k.transpose(-1, -2) * factor
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    visible = torch.ones(nq, nk, dtype=torch.bool, device=q.device)
+    visible = visible.tril(nk - nq) if causal else visible
+    visible = visible if mask is None else visible & mask[:, :, None, None, :]
+    scores = torch.where(visible, scores, -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    weights = torch.where(empty, 0, torch.where(empty, 0, scores).softmax(-1))
+    if not return_lse:
+        return weights @ v
+    return weights @ v, scores.logsumexp(-1) if nk else scores.new_full(scores.shape[:-1], -math.inf)
+
+
+def evaluate(
+    function: AttentionFunction, inputs: Inputs, dout: Tensor, dlse: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """Forward and backward of function(**inputs, **options): {"out", "lse" if dlse, "dq", "dk", "dv", ...}.
+
+    dout: gradient of the output, any shape of its size (cast to its dtype). dlse: that of log-sum-exp; asks for it.
+    """
+    leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in inputs.tensors().items()}
+    returned = function(**replace(inputs, **leaves).arguments(), return_lse=dlse is not None, **options)
+    out, lse = returned if isinstance(returned, tuple) else (returned, None)
+    total = (out * dout.to(out.dtype).view_as(out)).sum()
+    results = {"out": out.detach()}
+    if dlse is not None:
+        assert lse is not None
+        results["lse"] = lse.detach()
+        total = total + torch.where(lse > -math.inf, lse * dlse.to(lse.dtype).view_as(lse), 0).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return results | {"d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def error_budget(reference: Tensor, baseline: Tensor, floor: float = 0.0) -> float:
+    """The largest absolute error that is allowed against a float64 reference.
+
+    2 x the largest error of `baseline`, an eager computation in the dtype under test, + 2 x the rounding of the
+    reference's largest value to that dtype, + `floor`. Entries that are not finite in the reference are left out.
+    """
+    finite = reference.isfinite()
+    if not bool(finite.any()):
+        return floor
+    reference, own = reference[finite], baseline.view_as(reference)[finite]
+    rounding = float(reference.abs().max()) * torch.finfo(baseline.dtype).eps / 2
+    error = float((own.double() - reference.double()).abs().max())
+    return 2 * (error if math.isfinite(error) else 0.0) + 2 * rounding + floor
+
+
+def assert_close_to_reference(
+    inputs: Inputs,
+    function: AttentionFunction = flash_cosine_sim_attention,
+    *,
+    lse: bool = False,
+    seed: int = 1,
+    **options: Any,
+) -> dict[str, float]:
+    """Compare outputs and all gradients of function(**inputs, **options) with the float64 definition.
+
+    lse: also ask for log-sum-exp and send a random gradient through it.
+    Returns {tensor name: largest error / budget}; AssertionError names the tensor, its error and its budget.
+    """
+    dout, dlse = random_upstream(inputs, seed)
+    upstream = (dout, dlse if lse else None)
+    actual = evaluate(function, inputs, *upstream, **options)
+    exact = evaluate(plain_cosine_sim_attention, inputs.to(torch.float64), *upstream)
+    baseline = evaluate(eager_cosine_sim_attention, inputs, *upstream)
+    floors = _cancellation_floors(inputs, *upstream)
+    return {
+        name: assert_within_budget(name, actual[name], exact[name], baseline[name], floors.get(name, 0.0))
+        for name in exact
+    }
+
+
+def assert_within_budget(name: str, actual: Tensor, reference: Tensor, baseline: Tensor, floor: float = 0.0) -> float:
+    """max|actual - reference| <= error_budget; infinities must agree, NaN never passes. -> largest error / budget."""
+    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+    assert not bool(actual.isnan().any()), f"{name}: {int(actual.isnan().sum())} NaN of {actual.numel()} values"
+    finite = reference.isfinite()
+    infinities_agree = torch.equal(actual[~finite].double(), reference[~finite].double())
+    assert infinities_agree, f"{name}: infinite values differ from those of the reference"
+    if not bool(finite.any()):
+        return 0.0
+    error = float((actual.double() - reference.double())[finite].abs().max())
+    budget = error_budget(reference, baseline, floor)
+    assert error <= budget, f"{name}: max|error| {error:.3e} exceeds the budget {budget:.3e}"
+    return error / budget if budget else 0.0
+
+
+def random_upstream(inputs: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random gradients (of out, of lse), rounded to the dtype of q so that every arithmetic gets the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = inputs.out_shape()
+    dout = torch.randn(*shape, generator=generator).to(inputs.q.device, inputs.q.dtype)
+    return dout, torch.randn(*shape[:-1], generator=generator).to(inputs.q.device, inputs.q.dtype)
+
+
+def _cancellation_floors(inputs: Inputs, dout: Tensor, dlse: Tensor | None) -> dict[str, float]:
+    """Rounding of the terms that cancel in dS_ij = P_ij (dout_i . v_j - dout_i . out_i), in the accumulator's dtype.
+
+    With one visible key, say, the true gradients of q, k, bias and scale are 0 and no relative budget can hold.
+    """
+    accumulator = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    values = inputs.v.double().nan_to_num(0, 0, 0)
+    term = _largest_norm(dout) * _largest_norm(values)
+    if dlse is not None and dlse.numel():
+        term += float(dlse.abs().max())
+    rounding = torch.finfo(accumulator).eps * term
+    scale = float(inputs.scale.abs().max()) if isinstance(inputs.scale, Tensor) else abs(inputs.scale)
+    floors = {"dattn_bias": rounding, "dscale": rounding * math.sqrt(dout.numel() / max(dout.shape[-1], 1))}
+    for name, x in (("dq", inputs.q), ("dk", inputs.k)):
+        norms = x.double().unflatten(-1, (inputs.groups, -1)).norm(dim=-1) if inputs.l2norm_qk else x.new_ones(1)
+        smallest = norms[norms > 0].nan_to_num(1.0, 1.0, 1.0)
+        floors[name] = rounding * scale / (float(smallest.min()) if smallest.numel() else 1.0)
+    return floors
+
+
+def _largest_norm(x: Tensor) -> float:
+    return float(x.double().norm(dim=-1).max()) if x.numel() else 0.0
+
+
+def poison(*tensors: Tensor | None) -> None:
+    """Fill with NaN, so that an element that a kernel forgets to write is seen."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.fill_(math.nan)
+
+
+def poisoned_outputs(problem: Problem) -> Outputs:
+    """What the forward of a backend module fills: all NaN before."""
+    outputs = empty_outputs(problem)
+    poison(outputs.out, outputs.lse, outputs.q_rnorm, outputs.k_rnorm)
+    return outputs
+
+
+def poisoned_gradients(problem: Problem, needs: list[bool] | None = None) -> Gradients:
+    """What the backward of a backend module fills: all NaN before. needs: of q, k, v, bias, scale; None for all."""
+    gradients = empty_gradients(problem, needs or [True] * 5)
+    poison(gradients.dq, gradients.dk, gradients.dv, gradients.dbias, gradients.dscale)
+    return gradients
