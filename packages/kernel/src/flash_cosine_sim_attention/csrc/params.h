@@ -1,0 +1,91 @@
+// What the host hands to a launcher: plain structs, no torch. Shapes stand beside the pointers; strides count elements.
+//
+//   b0, b1  batch dims (two, so that a bias can be shared over one of them)
+//   h, hk   query heads, kv heads; query head a reads kv head a / (h / hk)
+//   i, j    queries, keys          d   head dim, the same for q, k, v on the CUDA paths; a multiple of 8
+//
+// Formulas and symbols: docs/math.md. One launcher call runs a whole pass, prologue and epilogue kernels included.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace fcsa {
+
+// Of a (b0, b1, heads, rows, d) tensor whose last dim is contiguous and whose rows start on 16-byte boundaries.
+// 0 where expanded.
+struct Strides {
+  int64_t b0, b1, head, row;
+};
+
+struct Problem {
+  int32_t b0, b1, heads, kv_heads, num_queries, num_keys, head_dim, groups;
+  bool causal;     // key j is visible to query i iff j <= i + (num_keys - num_queries)
+  bool l2norm_qk;  // false: q and k come with unit norm per group, and no norm factor is applied anywhere
+
+  const void* q;  // (b0, b1, h, i, d)
+  Strides q_strides;
+  const void* k;  // (b0, b1, hk, j, d)
+  Strides k_strides;
+  const void* v;  // (b0, b1, hk, j, d)
+  Strides v_strides;
+
+  const uint8_t* mask;  // (b0, b1, j), 1 = attend; nullptr: all keys
+  int64_t mask_b0, mask_b1, mask_key;
+
+  const void* bias;  // (b0, b1, h, i, j); stride 0 where broadcast; nullptr: none
+  int64_t bias_b0, bias_b1, bias_head, bias_query, bias_key;
+  bool bias_is_float32;  // else the dtype of q
+
+  const float* scale;  // (h,) on the device: learned; nullptr: scale_value holds
+  float scale_value;
+
+  // Workspaces for normalised copies of q and k, contiguous (b0, b1, h, i, d) and (b0, b1, hk, j, d), dtype of q.
+  // Given where the norm is not folded into fp32 factors (groups > 1, or a kernel that wants it so); else nullptr.
+  void* q_unit;
+  void* k_unit;
+};
+
+struct ForwardParams : Problem {
+  void* out;  // (b0, b1, h, i, d)
+  Strides out_strides;
+  float* lse;      // (b0, b1, h, i) contiguous: natural log; -inf where no key is visible
+  float* q_rnorm;  // (b0, b1, h, i, groups) contiguous: 1 / max(|q|_group, 1e-12); nullptr unless l2norm_qk
+  float* k_rnorm;  // (b0, b1, hk, j, groups)
+  float bound;     // B with |logit| <= B where the softmax is bounded; unused by the running maximum
+};
+
+struct BackwardParams : Problem {
+  const void* dout;  // (b0, b1, h, i, d)
+  Strides dout_strides;
+  const void* out;  // (b0, b1, h, i, d)
+  Strides out_strides;
+  const float* dlse;     // (b0, b1, h, i) contiguous, or nullptr
+  const float* lse;      // (b0, b1, h, i) contiguous
+  const float* q_rnorm;  // as in ForwardParams, from the forward
+  const float* k_rnorm;
+
+  // Results; nullptr where no gradient is wanted.
+  void* dq;  // (b0, b1, h, i, d)
+  Strides dq_strides;
+  void* dk;  // (b0, b1, hk, j, d)
+  Strides dk_strides;
+  void* dv;  // (b0, b1, hk, j, d)
+  Strides dv_strides;
+  void* dbias;  // same strides and dtype as bias, summed over what is broadcast
+  float* dscale_rows;  // (b0, b1, h, i) contiguous: sum_j dS_ij cos_ij; the host sums it to (h,)
+
+  // Workspaces.
+  float* delta;     // (b0, b1, h, i) contiguous: sum_c dout_ic out_ic - dlse_i
+  float* dq_accum;  // (b0, b1, h, i, d) contiguous, zeroed by the launcher; nullptr where dq is not wanted
+  float* dk_accum;  // (b0, b1, hk, j, d) contiguous; given for groups > 1 (the norm's backward is a kernel of its own)
+
+  bool deterministic;  // bit-equal results from run to run: no atomics
+};
+
+// Every launcher: enqueues on `stream`, never synchronises, returns the first CUDA error.
+using ForwardLauncher = cudaError_t (*)(const ForwardParams&, cudaStream_t);
+using BackwardLauncher = cudaError_t (*)(const BackwardParams&, cudaStream_t);
+
+}  // namespace fcsa
