@@ -1,0 +1,60 @@
+"""Every task of the repository: `nox -l` lists them, `nox -s NAME -- ARGUMENTS` runs one.
+
+The default is `tests`. Each session makes its own virtual environment with the versions of constraints.txt.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+KERNEL = "packages/kernel"
+PLUGIN = "packages/xtransformers_plugin"
+PYTHON_SOURCES = ("packages", "experiments", "tests", "noxfile.py")
+
+nox.options.sessions = ["tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Both distributions, editable, and `packages`, all at the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", *packages, "-e", KERNEL, "-e", PLUGIN)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The CPU test suite of everything: `nox -s tests -- -k lengths` passes arguments to pytest."""
+    install(session, "pytest", "pytest-xdist", "hypothesis", "numpy", "rotary-embedding-torch", "matplotlib", "tqdm")
+    session.run("pytest", "-n", "auto", "-m", "not gpu", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="none")
+def gpu_tests(session: nox.Session) -> None:
+    """The tests marked `gpu`, in the current environment (it has the torch that fits the driver)."""
+    env = {"PYTHONPATH": f"{ROOT / KERNEL / 'src'}:{ROOT / PLUGIN / 'src'}"}
+    session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, env=env, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (lint and format) and mypy."""
+    install(session, "ruff", "mypy", "tqdm", "numpy", "matplotlib", "pytest", "hypothesis", "nox")
+    session.run("ruff", "check", *PYTHON_SOURCES)
+    session.run("ruff", "format", "--check", *PYTHON_SOURCES)
+    session.run("mypy", f"{KERNEL}/src", f"{PLUGIN}/src", "experiments")
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """The main job: train the same model with regular and with cosine-sim attention, five minutes on two CPU cores."""
+    install(session, "tqdm", "numpy", "matplotlib")
+    session.run("python", "-m", "experiments.compare", *session.posargs)
+
+
+@nox.session
+def benchmark(session: nox.Session) -> None:
+    """Speed and memory on the CPU against torch's attention. On a GPU: `nox -s gpu_benchmark`."""
+    install(session, "tqdm", "numpy", "matplotlib")
+    session.run("python", f"{KERNEL}/benchmarks/bench_cpu.py", *session.posargs)
