@@ -131,7 +131,7 @@ def test_l2norm_tensors_errors():
         l2norm_tensors(torch.randn(2, 16), torch.randn(2, 15), groups=2)
     with pytest.raises(TypeError, match=r"tensors\[0\]: expected a dtype"):
         l2norm_tensors(torch.ones(2, 16).long())
-    with pytest.raises(TypeError, match="expected a torch.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor, got float"):
         l2norm_tensors(1.0)
 
 

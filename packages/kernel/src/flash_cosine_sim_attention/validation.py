@@ -59,27 +59,29 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_kv_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    got = f"got q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
+    def got() -> str:  # built only for an error: torch.compile cannot trace the text of a dynamic shape
+        return f"got q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
+
     if k.ndim != v.ndim or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k, v: expected the same shape up to the head dim, {got}")
+        raise ValueError(f"k, v: expected the same shape up to the head dim, {got()}")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q, k: expected the same head dim, {got}")
+        raise ValueError(f"q, k: expected the same head dim, {got()}")
     if q.shape[-1] == 0:
-        raise ValueError(f"q, k: expected a head dim of at least 1, {got}")
+        raise ValueError(f"q, k: expected a head dim of at least 1, {got()}")
     if q.ndim == 3:
         if k.ndim != 3 or k.shape[0] != q.shape[0]:
-            raise ValueError(f"merged q (batch * heads, n, d): expected k, v merged in the same way, {got}")
+            raise ValueError(f"merged q (batch * heads, n, d): expected k, v merged in the same way, {got()}")
         return
     batch = q.shape[:-3]
     if k.ndim not in (q.ndim, q.ndim - 1) or k.shape[: len(batch)] != batch:
         raise ValueError(
             f"k, v: expected (*batch, kv_heads, n, d), or (*batch, n, d) for a single head, "
-            f"with the batch dims of q {tuple(batch)}, {got}"
+            f"with the batch dims of q {tuple(batch)}, {got()}"
         )
     if k.ndim == q.ndim:
         heads, kv_heads = q.shape[-3], k.shape[-3]
         if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-            raise ValueError(f"k, v: expected a number of kv heads that divides the {heads} query heads, {got}")
+            raise ValueError(f"k, v: expected a number of kv heads that divides the {heads} query heads, {got()}")
 
 
 def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
@@ -108,7 +110,7 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
 
 
 def check_bias(bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool) -> None:
-    """attn_bias: (h, i, j), (b, i, j) with batch_dim or merged q, or broadcastable to (*batch, h, i, j) in >= 4 dims."""
+    """attn_bias: (h, i, j); (b, i, j) with batch_dim or merged q; or broadcastable to (*batch, h, i, j) in 4+ dims."""
     if bias is None:
         return
     _check_tensor("attn_bias", bias)
