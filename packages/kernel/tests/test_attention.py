@@ -1,6 +1,6 @@
 """flash_cosine_sim_attention as users call it, against the float64 definition: shapes, dtypes, options, edges.
 
-Which path serves a call is the package's business: these tests hold for any. GPU runs repeat them (see `device`).
+Which path serves a call is the package's business: these tests hold for any. Marked `gpu` they run on the GPU too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from flash_cosine_sim_attention import flash_cosine_sim_attention, plain_cosine_
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("each_device")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = (1, 2, 17, 63, 64, 65, 127, 128, 129, 200)

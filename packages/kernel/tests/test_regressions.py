@@ -12,6 +12,8 @@ import torch
 from flash_cosine_sim_attention import flash_cosine_sim_attention, l2norm_tensors, plain_cosine_sim_attention
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs
 
+pytestmark = pytest.mark.usefixtures("each_device")
+
 
 def test_groups_change_the_result_and_match_the_norm_by_hand():
     """Grouped norm was accepted and never reached the computation."""

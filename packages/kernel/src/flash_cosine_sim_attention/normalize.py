@@ -16,7 +16,7 @@ def l2norm(x: Tensor, groups: int = 1) -> Tensor:
     Half types are normalised in float32 and rounded once.
     """
     wide = x if x.element_size() >= 4 else x.float()
-    chunks = wide.unflatten(-1, (groups, -1))
+    chunks = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     norm = chunks.norm(dim=-1, keepdim=True).clamp_min(EPS)
     return (chunks / norm).flatten(-2).to(x.dtype)
 

@@ -79,7 +79,7 @@ def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor, groups: int) -> Tensor:
-    chunks = x.unflatten(-1, (groups, -1))
+    chunks = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     return (chunks / chunks.norm(dim=-1, keepdim=True).clamp_min(1e-12)).flatten(-2)
 
 

@@ -77,7 +77,7 @@ def make_inputs(
     dv: int | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     mask: bool = False,
     bias: str | None = None,
     scale: float | str = 8.0,
@@ -96,12 +96,14 @@ def make_inputs(
             (b, nq, nk) with attn_bias_batch_dim, any other, such as "bhij", "hj" or "b": all dims, those not named of
             size 1. With several batch dims "b" is the first of them.
         scale: a number; "scalar" or "head" for a learned tensor of one value or one a head, around 8.
+        device: None for torch's default device. The numbers are the same on every device.
         l2norm_qk: with False q and k are of unit norm per group already (up to the rounding of dtype).
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     nk, dv = nq if nk is None else nk, d if dv is None else dv
     kv = batch if kv_heads == 0 else (*batch, heads if kv_heads is None else kv_heads)
@@ -112,7 +114,7 @@ def make_inputs(
         q, k = (torch.nn.functional.normalize(x.unflatten(-1, (groups, -1)), dim=-1).flatten(-2) for x in (q, k))
     tensor_scale = 8.0 + randn(heads if scale == "head" and heads else 1) if isinstance(scale, str) else None
     attn_bias = None if bias is None else randn(*_bias_shape(bias, batch, heads, nq, nk))
-    keys = torch.rand(*batch, nk, generator=generator) < 0.7 if mask else None
+    keys = torch.rand(*batch, nk, generator=generator, device="cpu") < 0.7 if mask else None
     q, k, v = (x.to(device=device, dtype=dtype) for x in (q, k, v))
     return Inputs(
         *(q, k, v),
@@ -254,10 +256,10 @@ def assert_within_budget(name: str, actual: Tensor, reference: Tensor, baseline:
 
 def random_upstream(inputs: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random gradients (of out, of lse), rounded to the dtype of q so that every arithmetic gets the same ones."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = inputs.out_shape()
-    dout = torch.randn(*shape, generator=generator).to(inputs.q.device, inputs.q.dtype)
-    return dout, torch.randn(*shape[:-1], generator=generator).to(inputs.q.device, inputs.q.dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape, like = inputs.out_shape(), {"device": inputs.q.device, "dtype": inputs.q.dtype}
+    dout = torch.randn(*shape, generator=generator, device="cpu").to(**like)
+    return dout, torch.randn(*shape[:-1], generator=generator, device="cpu").to(**like)
 
 
 def _cancellation_floors(inputs: Inputs, dout: Tensor, dlse: Tensor | None) -> dict[str, float]:
