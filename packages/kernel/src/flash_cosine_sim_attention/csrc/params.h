@@ -76,10 +76,9 @@ struct BackwardParams : Problem {
   void* dbias;  // same strides and dtype as bias, summed over what is broadcast
   float* dscale_rows;  // (b0, b1, h, i) contiguous: sum_j dS_ij cos_ij; the host sums it to (h,)
 
-  // Workspaces.
-  float* delta;     // (b0, b1, h, i) contiguous: sum_c dout_ic out_ic - dlse_i
-  float* dq_accum;  // (b0, b1, h, i, d) contiguous, zeroed by the launcher; nullptr where dq is not wanted
-  float* dk_accum;  // (b0, b1, hk, j, d) contiguous; given for groups > 1 (the norm's backward is a kernel of its own)
+  // Workspaces; rows: i rounded up to a multiple of 128; columns: d rounded up to the variant's kHeadDim. Uninitialised.
+  float4* query_rows;  // (b0, b1, h, rows) contiguous: common/backward_preprocess.cuh
+  float* dq_accum;     // (b0, b1, h, rows, columns) floats; nullptr where dq is not wanted, or deterministic
 
   bool deterministic;  // bit-equal results from run to run: no atomics
 };
