@@ -73,7 +73,8 @@ struct BackwardParams : Problem {
   Strides dk_strides;
   void* dv;  // (b0, b1, hk, j, d)
   Strides dv_strides;
-  void* dbias;  // same strides and dtype as bias, summed over what is broadcast
+  void* dbias;  // dtype of bias; summed over every dim whose stride here is 0
+  int64_t dbias_b0, dbias_b1, dbias_head, dbias_query, dbias_key;
   float* dscale_rows;  // (b0, b1, h, i) contiguous: sum_j dS_ij cos_ij; the host sums it to (h,)
 
   // Workspaces; rows: i rounded up to a multiple of 128; columns: d rounded up to the variant's kHeadDim. Uninitialised.
