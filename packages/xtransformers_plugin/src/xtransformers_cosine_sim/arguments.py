@@ -1,0 +1,109 @@
+"""From what arrives at `Attend.forward` to what `flash_cosine_sim_attention` takes: views wherever possible."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+from torch import Tensor
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    groups: int,
+    l2norm_qk: bool,
+    bounded: bool,
+    add_zero_kv: bool,
+    backend: str | None,
+) -> Tensor:
+    """q (b, h, i, d), k (b, kvh, j, d), v (b, kvh, j, dv) -> (b, h, i, dv); query head a reads kv head a % kvh.
+
+    mask: bool, (b, j) or broadcastable to (b, h, i, j), True = attend. bias: broadcastable to (b, h, i, j).
+    bounded=False: |scale * q.k| may exceed scale * groups, a running maximum is tracked.
+    """
+    q, k, v = _one_dtype(q, k, v)
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None]
+    if add_zero_kv:
+        k, v, mask, bias = _pad_zero_key(k, v, mask, bias)
+    key_mask, pair_mask = _split_mask(mask)
+    bias = _merge_into_bias(bias, pair_mask, q.dtype)
+    # a scale that is not known on the host has no bound either: the kernel tracks a maximum
+    known_scale = scale if bounded else torch.full((1,), scale, device=q.device, dtype=torch.float32)
+
+    heads, kv_heads = q.shape[1], k.shape[1]
+    tiled = 1 < kv_heads < heads
+    if tiled:
+        q, k, v, key_mask, bias = _tiled_heads_to_batch(q, k, v, key_mask, bias)
+    out = flash_cosine_sim_attention(
+        q, k, v, key_mask, bias, known_scale, groups, causal, l2norm_qk, backend=backend
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).flatten(1, 2) if tiled else out
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Autocast normalises in float32 and projects in half, so q, k and v may differ: its dtype, else that of v."""
+    device_type = q.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else v.dtype
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _pad_zero_key(
+    k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """add_zero_kv: a key and value of zeros on the left, always visible, with bias 0."""
+    keys = k.shape[-2]
+    if mask is not None:
+        mask = F.pad(mask.expand(*mask.shape[:-1], keys), (1, 0), value=True)
+    if bias is not None:
+        bias = F.pad(bias.expand(*bias.shape[:-1], keys), (1, 0))
+    return F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), mask, bias
+
+
+def _split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """mask broadcastable to (b, h, i, j) -> one over keys (b | 1, j), or one over pairs with 4 dims."""
+    if mask is None:
+        return None, None
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if mask.shape[1:3] == (1, 1):
+        return mask[:, 0, 0], None
+    return None, mask
+
+
+def _merge_into_bias(bias: Tensor | None, pair_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """-> (b | 1, h | 1, i | 1, j | 1), -inf where pair_mask forbids; its gradient there is 0."""
+    if bias is not None:
+        bias = bias if bias.is_floating_point() else bias.to(dtype)
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if pair_mask is None:
+        return bias
+    zero = torch.zeros((), dtype=dtype, device=pair_mask.device)
+    return torch.where(pair_mask, zero if bias is None else bias, float("-inf"))
+
+
+def _tiled_heads_to_batch(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """kv heads become a second batch dim, the r query heads that read one of them its heads: no copy of q, k or v.
+
+    x-transformers tiles: query head a = (r, kvh) reads kv head a % kvh. The kernel's usual grouping, a // r, would
+    pair other heads without any error.
+    """
+    kv_heads = k.shape[1]
+    q = q.unflatten(1, (-1, kv_heads)).transpose(1, 2)  # (b, kvh, r, i, d)
+    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (b, kvh, 1, j, d)
+    if key_mask is not None:
+        key_mask = key_mask.unsqueeze(1)  # (b | 1, 1, j)
+    if bias is not None and bias.shape[1] == 1:
+        bias = bias.unsqueeze(1)  # (b | 1, 1, 1, i, j)
+    elif bias is not None:
+        bias = bias.unflatten(1, (-1, kv_heads)).transpose(1, 2)  # (b | 1, kvh, r, i, j)
+    return q, k, v, key_mask, bias

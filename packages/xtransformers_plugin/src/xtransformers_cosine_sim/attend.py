@@ -1,0 +1,112 @@
+"""The hook: an `Attend` that overrides forward and nothing else, and what a layer remembers beside it."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from flash_cosine_sim_attention import l2norm_tensors
+from torch import Tensor, nn
+from x_transformers.attend import Attend, Intermediates
+from x_transformers.x_transformers import Attention
+
+from .arguments import fused_attention
+from .counters import Tally
+from .errors import Refusal, UnsupportedCallError
+from .intermediates import FusedIntermediates
+from .options import Call, Mode, first_refused
+
+
+@dataclass
+class Layer:
+    """How one attention layer runs. Set by `enable` as `attend.cosine_sim`: no parameter, not in the state_dict."""
+
+    path: str
+    mode: Mode
+    strict: bool
+    scale: float | None  # convert mode; accelerate reads attend.scale at every call
+    groups: int
+    bounded: bool  # |q|, |k| per group is at most 1, so that |logit| <= |scale| * groups
+    backend: str | None
+    stock_reason: str | None = None  # set: `enable` was refused and falls back
+    tally: Tally = field(default_factory=Tally)
+
+
+_FORWARD_NAMES = tuple(inspect.signature(Attention.forward).parameters)[1:]
+
+_site = threading.local()
+"""`reason` for stock, of the Attention.forward that is under way in this thread, for the `Attend.forward` inside it."""
+
+
+class CosineSimAttend(Attend):
+    """`Attend` with the fused pass. Instances are made by `enable`, by setting `__class__`."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, attn_bias: Tensor | None = None,
+        **keywords: Any,
+    ) -> tuple[Tensor, Intermediates]:  # fmt: skip
+        """q (b, h, i, d), k (b, kvh, j, d), v (b, kvh, j, dv) -> (b, h, i, dv) and intermediates without maps."""
+        layer: Layer = self.cosine_sim
+        if layer.stock_reason is not None:
+            layer.tally.count(self, layer.stock_reason)
+            return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, **keywords)
+
+        refused = first_refused("call", Call(self, keywords), layer.mode)
+        reason = _take_site_reason() if refused is None else f"{refused.option}: {refused.reason}"
+        if reason is not None and layer.strict:
+            option, _, why = reason.partition(": ")
+            raise UnsupportedCallError(Refusal(layer.path, option, why))
+        layer.tally.count(self, reason)
+        if reason is not None:
+            q, k = _as_qk_norm(q, k, layer, self.scale)
+            return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, **keywords)
+
+        causal = keywords.get("causal")
+        causal = self.causal if causal is None else causal
+        out = fused_attention(
+            q, k, v, mask, attn_bias,
+            causal=bool(causal) and q.shape[-2] > 1,
+            scale=_default_scale(self.scale if layer.mode == "accelerate" else layer.scale, q),
+            groups=layer.groups,
+            l2norm_qk=layer.mode == "convert",
+            bounded=layer.bounded,
+            add_zero_kv=self.add_zero_kv,
+            backend=layer.backend,
+        )  # fmt: skip
+        return out, FusedIntermediates(layer.path)
+
+
+def _default_scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _as_qk_norm(q: Tensor, k: Tensor, layer: Layer, stock_scale: float | None) -> tuple[Tensor, Tensor]:
+    """Convert mode on the stock path stays the same function: unit q and k, and the scale that stock does not know."""
+    if layer.mode == "accelerate":
+        return q, k
+    q, k = l2norm_tensors(q, k, groups=layer.groups)
+    return q * (_default_scale(layer.scale, q) / _default_scale(stock_scale, q)), k
+
+
+def check_site(attention: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Forward pre-hook of an enabled Attention: what changes q, k after their norm is not to be seen in `Attend`."""
+    layer: Layer | None = vars(attention.attend).get("cosine_sim")
+    if layer is None:
+        return
+    if layer.stock_reason is not None:
+        if not isinstance(attention.attend, CosineSimAttend):
+            layer.tally.count(attention.attend, layer.stock_reason)
+        return
+    given = dict(zip(_FORWARD_NAMES, args, strict=False)) | keywords
+    row = first_refused("site", given, layer.mode)
+    if row is not None and (layer.strict or row.verdict(layer.mode) == "always"):
+        raise UnsupportedCallError(Refusal(layer.path, row.option, row.reason))
+    _site.reason = None if row is None else f"{row.option}: {row.reason}"
+
+
+def _take_site_reason() -> str | None:
+    reason = getattr(_site, "reason", None)
+    _site.reason = None
+    return reason
