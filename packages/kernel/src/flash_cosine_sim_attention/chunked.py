@@ -1,43 +1,307 @@
-"""Placeholder until the chunked path lands: correct, not memory-efficient."""
+"""Memory-efficient attention in plain PyTorch, forward and backward, on any device. It serves every problem.
+
+The scores exist one tile at a time (tiles.py). Extra memory, beside the outputs, is O(n): for one box of batch
+elements at a time, wide copies of its keys and values and, in the backward, of their gradients; two tiles of scores; and
+a wide copy of a half-precision bias gradient that is summed over something.
+
+With a bounded score |s| <= B and no bias nothing is subtracted before exp (the fixed shift of math.md with m = 0):
+    numerator_i = sum_j exp(s_ij) v_j,   total_i = sum_j exp(s_ij)       both in one product with [v, 1]
+so tiles add up without a running maximum, and a masked key is a zero row of [v, 1] that costs nothing. Otherwise a
+running maximum is kept and everything is rescaled as it grows.
+
+The backward recomputes P_ij = exp(s_ij - lse_i) from the saved log-sum-exp:
+    dv_j    = sum_i P_ij dout_i
+    dS_ij   = P_ij (dout_i . v_j - D_i),   D_i = dout_i . out_i - dlse_i      one product of [dout, -D] and [v, 1]
+    dqn_i   = scale sum_j dS_ij kn_j,      dkn_j = scale sum_i dS_ij qn_i,    dbias_ij = dS_ij
+    dscale  = sum_ij dS_ij (qn_i . kn_j)
+With the fixed shift P = exp(s) exp(-lse), and the factor of row i goes onto [dout_i, -D_i] and out of the tiles.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .reference import plain_cosine_sim_attention
+from .problem import Gradients, Outputs, Problem
+from .tiles import Tiles, backward_of_norm, broadcast_slice, rnorm
+
+Box = tuple[slice, slice, slice]
+
+MAX_FIXED_BOUND = {torch.float32: 60.0, torch.float64: 600.0}
+"""The largest B that needs no maximum. float32 is normal from e^-87.3 to e^88.7 (float64: e^-708 to e^709), and
+exp(s) lies in [e^-B, e^B]: at the worst case of all cosines at -1, or at 1, a factor of e^27 = 5e11 is left on either
+side for the number of keys and the size of the values. A shift m > 0 would move that room, not add to it."""
 
 
-def _run(problem, q, k, v, bias, scale):
-    merged = [None if x is None else x for x in (problem.mask, bias)]
-    return plain_cosine_sim_attention(
-        q, k, v, merged[0], merged[1], problem.scale_value if scale is None else scale, problem.groups,
-        problem.causal, problem.l2norm_qk, return_lse=True,
-    )
-
-
-def forward(problem, outputs):
-    out, lse = _run(problem, problem.q, problem.k, problem.v, problem.bias, problem.scale)
-    outputs.out.copy_(out)
-    outputs.lse.copy_(lse)
+def forward(problem: Problem, outputs: Outputs) -> None:
+    """Fill `outputs`."""
+    this = _Pass.of(problem, outputs)
     if problem.l2norm_qk:
-        for x, r in ((problem.q, outputs.q_rnorm), (problem.k, outputs.k_rnorm)):
-            r.copy_(1 / x.to(problem.wide_dtype).unflatten(-1, (problem.groups, -1)).norm(dim=-1).clamp_min(1e-12))
+        for rows in this.tiles.row_steps():
+            outputs.q_rnorm[..., rows, :] = rnorm(problem.q[..., rows, :].to(problem.wide_dtype), problem.groups)
+    for box in this.tiles.boxes():
+        if problem.l2norm_qk:
+            for keys in this.tiles.key_steps():
+                outputs.k_rnorm[*box, keys] = rnorm(this.tiles.keys(problem.k, box, keys), problem.groups)
+        chunks = this.key_chunks(box)
+        for rows in this.tiles.row_steps():
+            _forward_rows(this, box, rows, chunks)
 
 
-def backward(*args):
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(_backward, *args).result()
+def backward(problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients) -> None:
+    """Fill those of `gradients` that are not None."""
+    this = _Pass.of(problem, outputs)
+    sums = _Sums.of(this.tiles, gradients)
+    for box in this.tiles.boxes():
+        chunks = this.key_chunks(box)
+        totals = [_KeyGradients.zeros(chunk, gradients) for chunk in chunks]
+        for rows in this.tiles.row_steps():
+            upstream = _upstream(this, dout, dlse, box, rows)
+            _backward_rows(this, upstream, box, rows, chunks, totals, gradients, sums)
+        for chunk, total in zip(chunks, totals, strict=True):
+            _write_key_gradients(this, box, chunk, total, gradients)
+    sums.write(gradients)
 
 
-def _backward(problem, outputs, dout, dlse, gradients):
-    inputs = [problem.q, problem.k, problem.v, problem.bias, problem.scale]
-    targets = [gradients.dq, gradients.dk, gradients.dv, gradients.dbias, gradients.dscale]
-    inputs = [None if x is None else x.detach().requires_grad_(t is not None) for x, t in zip(inputs, targets)]
-    with torch.enable_grad():
-        out, lse = _run(problem, *inputs)
-        total = (out * dout).sum() if dlse is None else (out * dout).sum() + torch.where(lse > -1e30, lse * dlse, 0).sum()
-    wanted = [(x, t) for x, t in zip(inputs, targets) if t is not None]
-    for g, (_, t) in zip(torch.autograd.grad(total, [x for x, _ in wanted]), wanted):
-        t.copy_(g)
+@dataclass(frozen=True, slots=True)
+class _KeyChunk:
+    """One step of keys of a box, in the wide dtype, read once and used for every step of queries."""
+
+    keys: slice
+    unit: Tensor  # (n, c, d) normalised; masked rows 0
+    values: Tensor  # (n, c, dv + 1): [v, 1]; masked rows 0
+    hidden: Tensor | None  # bool (x0 | 1, x1 | 1, 1, 1, 1, c), where scores have to be hidden one by one
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What every tile of one forward or backward shares."""
+
+    tiles: Tiles
+    outputs: Outputs
+    is_bounded: bool  # exp(s) cannot overflow or vanish: nothing is subtracted, and masked keys need no -inf
+    buffers: tuple[Tensor, Tensor]  # for the scores of a tile and their gradient
+
+    @classmethod
+    def of(cls, problem: Problem, outputs: Outputs) -> _Pass:
+        tiles = Tiles.of(problem)
+        x0, x1, y = tiles.tiling.box
+        group = problem.q.shape[2] // max(problem.k.shape[2], 1)
+        shape = (2, x0 * x1 * y * group * tiles.tiling.rows * tiles.tiling.keys)
+        buffers = problem.q.new_empty(shape, dtype=problem.wide_dtype).unbind()
+        is_bounded = problem.bias is None and _bound(problem) <= MAX_FIXED_BOUND[problem.wide_dtype]
+        return cls(tiles, outputs, is_bounded, (buffers[0], buffers[1]))
+
+    def key_chunks(self, box: Box) -> list[_KeyChunk]:
+        tiles = self.tiles
+        return [
+            _KeyChunk(
+                keys,
+                tiles.unit_keys(self.outputs, box, keys),
+                tiles.values(box, keys),
+                None if self.is_bounded else tiles.hidden_by_mask(box, keys),
+            )
+            for keys in tiles.key_steps()
+        ]
+
+    def product(self, index: int, left: Tensor, right: Tensor) -> Tensor:
+        """left (n, g * r, e) times right (n, c, e) transposed, into a buffer -> (n, g * r, c)"""
+        shape = (*left.shape[:2], right.shape[1])
+        return torch.bmm(left, right.mT, out=self.buffers[index][: math.prod(shape)].view(shape))
+
+    def scores(self, box: Box, rows: slice, chunk: _KeyChunk, queries: Tensor) -> Tensor:
+        """queries (n, g * r, d), scaled -> scores (n, g * r, c), in a buffer; -inf where hidden."""
+        scores = self.product(0, queries, chunk.unit)
+        tile = self.as_tile(scores, box, rows)
+        if self.tiles.bias is not None:
+            tile.add_(broadcast_slice(self.tiles.bias, (*box, slice(None), rows, chunk.keys)))
+        if chunk.hidden is not None:
+            tile.masked_fill_(chunk.hidden, -math.inf)
+        hidden = self.tiles.hidden_by_causality(rows, chunk.keys)
+        if hidden is not None:
+            tile.masked_fill_(hidden, -math.inf)
+        return scores
+
+    def as_tile(self, x: Tensor, box: Box, rows: slice) -> Tensor:
+        """x (n, g * r, ...) -> (x0, x1, y, g, r, ...), a view of a contiguous tensor."""
+        sizes = (part.stop - part.start for part in box)
+        group = self.tiles.problem.q.shape[2] // self.tiles.problem.k.shape[2]
+        return x.view(*sizes, group, rows.stop - rows.start, *x.shape[2:])
+
+    def visible(self, rows: slice, chunks: list[_KeyChunk]) -> list[int]:
+        """Indices of the chunks that causality does not hide from all the rows."""
+        return [index for index, chunk in enumerate(chunks) if not self.tiles.is_hidden(rows, chunk.keys)]
+
+
+def _bound(problem: Problem) -> float:
+    """problem.bound, and on a CPU that of a learned scale too: reading it there waits for nothing."""
+    if problem.scale is not None and problem.q.device.type == "cpu" and problem.scale.numel():
+        return float(problem.scale.abs().max()) * problem.groups
+    return problem.bound
+
+
+def _forward_rows(this: _Pass, box: Box, rows: slice, chunks: list[_KeyChunk]) -> None:
+    unit = this.tiles.unit_queries(this.outputs, box, rows)
+    queries = (unit * this.tiles.scale_of(box)).flatten(3, 4).flatten(0, 2)
+    average = _average_bounded if this.is_bounded else _average_running
+    weighted, maximum = average(this, box, rows, [chunks[index] for index in this.visible(rows, chunks)], queries)
+    total = weighted[..., -1:]
+    out = torch.where(total == 0, 0.0, weighted[..., :-1] / total)
+    lse = (maximum + total.log()).squeeze(-1)
+    this.tiles.rows(this.outputs.out, box, rows).copy_(this.as_tile(out, box, rows))
+    this.tiles.rows(this.outputs.lse, box, rows).copy_(this.as_tile(lse, box, rows))
+
+
+def _average_bounded(
+    this: _Pass, box: Box, rows: slice, chunks: list[_KeyChunk], queries: Tensor
+) -> tuple[Tensor, Tensor | float]:
+    """queries (n, g * r, d) -> sum_j exp(s_j) [v_j, 1] (n, g * r, dv + 1), and 0, which was subtracted from s."""
+    weighted = queries.new_zeros(*queries.shape[:2], this.tiles.problem.v.shape[-1] + 1)
+    for chunk in chunks:
+        weighted.baddbmm_(this.scores(box, rows, chunk, queries).exp_(), chunk.values)
+    return weighted, 0.0
+
+
+def _average_running(
+    this: _Pass, box: Box, rows: slice, chunks: list[_KeyChunk], queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_average_bounded`, with the maximum of each row (n, g * r, 1) subtracted from s; -inf where none is visible."""
+    weighted = queries.new_zeros(*queries.shape[:2], this.tiles.problem.v.shape[-1] + 1)
+    maximum = queries.new_full((*queries.shape[:2], 1), -math.inf)
+    for chunk in chunks:
+        scores = this.scores(box, rows, chunk, queries)
+        larger = torch.maximum(maximum, scores.amax(-1, keepdim=True))
+        shift = torch.where(larger == -math.inf, 0.0, larger)  # exp(-inf - -inf) is NaN
+        weighted.mul_((maximum - shift).exp_())
+        weighted.baddbmm_(scores.sub_(shift).exp_(), chunk.values)
+        maximum = larger
+    return weighted, maximum
+
+
+@dataclass(frozen=True, slots=True)
+class _Upstream:
+    """What the backward knows of a step of queries before it sees a key; zero for rows that see none."""
+
+    rows: Tensor  # (n, g * r, dv + 1): [dout, -D], times exp(-lse) if bounded
+    lse: Tensor | None  # (n, g * r, 1), unless bounded; finite
+
+
+def _upstream(this: _Pass, dout: Tensor, dlse: Tensor | None, box: Box, rows: slice) -> _Upstream:
+    wide = this.tiles.problem.wide_dtype
+    d_out, out = (this.tiles.rows(x, box, rows).to(wide) for x in (dout, this.outputs.out))
+    dots = torch.linalg.vecdot(d_out, out)
+    if dlse is not None:
+        dots -= this.tiles.rows(dlse, box, rows)
+    lse = this.tiles.rows(this.outputs.lse, box, rows).unsqueeze(-1)
+    is_empty = lse == -math.inf
+    upstream = torch.cat([d_out, -dots.unsqueeze(-1)], dim=-1)
+    upstream = torch.where(is_empty, 0.0, upstream * (-lse).exp() if this.is_bounded else upstream)
+    finite_lse = None if this.is_bounded else torch.where(is_empty, 0.0, lse).flatten(3, 4).flatten(0, 2)
+    return _Upstream(upstream.flatten(3, 4).flatten(0, 2), finite_lse)
+
+
+@dataclass(frozen=True, slots=True)
+class _KeyGradients:
+    """Sums over queries for one `_KeyChunk`."""
+
+    unit: Tensor | None  # (n, c, d)
+    values: Tensor | None  # (n, c, dv)
+
+    @classmethod
+    def zeros(cls, chunk: _KeyChunk, gradients: Gradients) -> _KeyGradients:
+        values = chunk.values.shape[-1] - 1
+        return cls(
+            None if gradients.dk is None else torch.zeros_like(chunk.unit),
+            None if gradients.dv is None else chunk.values.new_zeros(*chunk.values.shape[:2], values),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Sums over tiles of all boxes, in the wide dtype."""
+
+    dbias: Tensor | None  # (b0 | 1, b1 | 1, hk | 1, g | 1, i | 1, j | 1)
+    dscale: Tensor | None  # (hk, g)
+
+    @classmethod
+    def of(cls, tiles: Tiles, gradients: Gradients) -> _Sums:
+        q, k, dbias, dscale = tiles.problem.q, tiles.problem.k, gradients.dbias, gradients.dscale
+        if dbias is not None:
+            # Where nothing is summed each entry is written once, and rounded once, without a wide copy.
+            is_sum = dbias.shape != (*q.shape[:4], k.shape[3])
+            wide = tiles.problem.wide_dtype
+            dbias = torch.zeros_like(dbias, dtype=wide) if is_sum and dbias.dtype != wide else dbias.zero_()
+            dbias = tiles.bias_by_kv_head(dbias)
+        kv_heads = k.shape[2]
+        return cls(
+            dbias, None if dscale is None else q.new_zeros(kv_heads, q.shape[2] // max(kv_heads, 1), dtype=dscale.dtype)
+        )
+
+    def write(self, gradients: Gradients) -> None:
+        if gradients.dbias is not None and self.dbias is not None and self.dbias.dtype != gradients.dbias.dtype:
+            gradients.dbias.copy_(self.dbias.view_as(gradients.dbias))
+        if gradients.dscale is not None and self.dscale is not None:
+            gradients.dscale.copy_(self.dscale.flatten())
+
+
+def _backward_rows(
+    this: _Pass,
+    upstream: _Upstream,
+    box: Box,
+    rows: slice,
+    chunks: list[_KeyChunk],
+    totals: list[_KeyGradients],
+    gradients: Gradients,
+    sums: _Sums,
+) -> None:
+    """One step of queries against every key chunk: adds to `totals` and `sums`, writes gradients.dq."""
+    unit, scale = this.tiles.unit_queries(this.outputs, box, rows), this.tiles.scale_of(box)
+    queries = (unit * scale).flatten(3, 4).flatten(0, 2)
+    d_queries = torch.zeros_like(queries) if gradients.dq is not None or sums.dscale is not None else None
+    for index in this.visible(rows, chunks):
+        chunk, total = chunks[index], totals[index]
+        scores = this.scores(box, rows, chunk, queries)
+        weights = (scores if upstream.lse is None else scores.sub_(upstream.lse)).exp_()
+        if total.values is not None:
+            total.values.baddbmm_(weights.mT, upstream.rows[..., :-1])
+        if d_queries is None and total.unit is None and sums.dbias is None:
+            continue
+        d_scores = this.product(1, upstream.rows, chunk.values).mul_(weights)
+        if sums.dbias is not None:
+            target = broadcast_slice(sums.dbias, (*box, slice(None), rows, chunk.keys))
+            target.add_(this.as_tile(d_scores, box, rows).sum_to_size(target.shape))
+        if total.unit is not None:
+            total.unit.baddbmm_(d_scores.mT, queries)
+        if d_queries is not None:
+            d_queries.baddbmm_(d_scores, chunk.unit)
+    if d_queries is not None:
+        _finish_queries(this, box, rows, this.as_tile(d_queries, box, rows), unit, gradients, sums)
+
+
+def _finish_queries(
+    this: _Pass, box: Box, rows: slice, d_queries: Tensor, unit: Tensor, gradients: Gradients, sums: _Sums
+) -> None:
+    """d_queries: gradient of scale * qn, unit: qn, both (x0, x1, y, g, r, d)."""
+    if sums.dscale is not None:
+        sums.dscale[box[2]] += torch.linalg.vecdot(d_queries, unit).sum((0, 1, 4))
+    if gradients.dq is not None:
+        d_unit = d_queries * this.tiles.scale_of(box)
+        if this.tiles.problem.l2norm_qk:
+            d_unit = backward_of_norm(d_unit, unit, this.tiles.rows(this.outputs.q_rnorm, box, rows))
+        this.tiles.rows(gradients.dq, box, rows).copy_(d_unit)
+
+
+def _write_key_gradients(this: _Pass, box: Box, chunk: _KeyChunk, total: _KeyGradients, gradients: Gradients) -> None:
+    at = (*box, chunk.keys)
+    if gradients.dv is not None and total.values is not None:  # a masked key has a weight if nothing hid its scores
+        target = gradients.dv[at]
+        target.copy_(this.tiles.hide_keys(total.values.view(target.shape), box, chunk.keys))
+    if gradients.dk is not None and total.unit is not None:
+        target = gradients.dk[at]
+        d_unit, unit = (x.view(target.shape) for x in (total.unit, chunk.unit))
+        if this.tiles.problem.l2norm_qk:
+            d_unit = backward_of_norm(d_unit, unit, this.outputs.k_rnorm[at])
+        target.copy_(d_unit)
