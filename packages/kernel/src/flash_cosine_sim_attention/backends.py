@@ -2,7 +2,7 @@
 
     plain    reference.py   the definition, O(n^2) memory; never chosen, only forced
     chunked  chunked.py     memory-efficient plain PyTorch, forward and backward; serves everything, on any device
-    sdpa     sdpa.py        torch's own scaled_dot_product_attention behind the norm; CPU, where it serves the same exactly
+    sdpa     sdpa.py        torch's own scaled_dot_product_attention behind the norm; CPU, where it serves the very same
     sm80     cuda/          fused CUDA kernels for compute capability 8.0 and up
     sm90     cuda/          fused CUDA kernels for Hopper
 
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import chunked
+from . import chunked, cuda
 from .problem import Gradients, Outputs, Problem
 
 
@@ -33,5 +33,7 @@ class Implementation(Protocol):
 def implementation(problem: Problem, backend: str) -> Implementation:
     """The module that computes `problem`; backend "" chooses, any other name forces."""
     if backend in ("", "chunked"):
-        return chunked
+        return cuda.AUTOMATIC if backend == "" and problem.q.is_cuda else chunked
+    if backend in cuda.FORCED:
+        return cuda.FORCED[backend]
     raise ValueError(f"backend: {backend!r} cannot serve this call")

@@ -1,0 +1,298 @@
+// The only file with torch headers: LibTorch's stable ABI, so that one binary serves every torch from 2.10 on (with or
+// without CUDA) and every Python. Defines the operators
+//     flash_cosine_sim_attention::launch_forward, launch_backward
+// which fill the params structs from tensors and call a launcher, given as the address of its exported function.
+// Shapes are those of params.h. The adapter (cuda.py) prepares the tensors; what a kernel could not bear is checked here.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+// Of libtorch_cuda, which a CPU-only torch lacks: weak, so that the library loads there too.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+__attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char* file, const char* function,
+                                                              uint32_t line, bool device_assertions, char** message);
+__attribute__((weak)) void torch_c10_cuda_free_error_msg(char* message);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::string shape_of(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t dim = 0; dim < x.dim(); ++dim) text += (dim ? ", " : "") + std::to_string(x.size(dim));
+  return text + ")";
+}
+
+[[noreturn]] void fail(const char* name, const std::string& expected, const std::string& got) {
+  throw std::runtime_error(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  bool same = x.dim() == static_cast<int64_t>(shape.size());
+  int64_t dim = 0;
+  for (int64_t size : shape) same = same && x.size(dim++) == size;
+  if (same) return;
+  std::string expected = "shape (";
+  for (int64_t size : shape) expected += std::to_string(size) + ", ";
+  fail(name, expected.substr(0, expected.size() - 2) + ")", shape_of(x));
+}
+
+// Broadcast dims have size 1.
+void check_broadcasts(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) {
+  bool fits = x.dim() == static_cast<int64_t>(shape.size());
+  int64_t dim = 0;
+  for (int64_t size : shape) {
+    fits = fits && (x.size(dim) == size || x.size(dim) == 1);
+    ++dim;
+  }
+  if (!fits) fail(name, "a shape that broadcasts to the logits", shape_of(x));
+}
+
+void check_dtype(const char* name, const Tensor& x, ScalarType dtype) {
+  if (x.scalar_type() == dtype) return;
+  fail(name, "dtype " + std::to_string(static_cast<int>(dtype)), std::to_string(static_cast<int>(x.scalar_type())));
+}
+
+void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  if (x.get_device_index() != like.get_device_index() || x.is_cuda() != like.is_cuda())
+    fail(name, "the device of q", "another");
+}
+
+// Rows of d contiguous elements that start on 16-byte boundaries, as copies of 16 bytes need them.
+fcsa::Strides row_strides(const char* name, const Tensor& x) {
+  const int64_t per_chunk = 16 / static_cast<int64_t>(x.element_size());
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[4] == 1;
+  int64_t kept[4];
+  for (int dim = 0; dim < 4; ++dim) {
+    kept[dim] = sizes[dim] == 1 ? 0 : strides[dim];
+    aligned = aligned && kept[dim] % per_chunk == 0;
+  }
+  if (!aligned) fail(name, "a contiguous last dim and rows on 16-byte boundaries", "other strides");
+  return {kept[0], kept[1], kept[2], kept[3]};
+}
+
+int64_t broadcast_stride(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
+
+// A contiguous float32 tensor of the given shape; nullptr where none is given.
+float* float_data(const char* name, const OptionalTensor& x, const Tensor& like, std::initializer_list<int64_t> shape) {
+  if (!x.has_value()) return nullptr;
+  check_shape(name, *x, shape);
+  check_dtype(name, *x, ScalarType::Float);
+  check_device(name, *x, like);
+  if (!x->is_contiguous()) fail(name, "a contiguous tensor", "other strides");
+  return static_cast<float*>(x->data_ptr());
+}
+
+// A tensor of the dtype of q with aligned rows; nullptr and no strides where none is given.
+void* rows_data(const char* name, const OptionalTensor& x, const Tensor& like, std::initializer_list<int64_t> shape,
+                fcsa::Strides& strides) {
+  if (!x.has_value()) return nullptr;
+  check_shape(name, *x, shape);
+  check_dtype(name, *x, like.scalar_type());
+  check_device(name, *x, like);
+  strides = row_strides(name, *x);
+  return x->data_ptr();
+}
+
+// A workspace: contiguous, dtype of q.
+void* unit_data(const char* name, const OptionalTensor& x, const Tensor& like, std::initializer_list<int64_t> shape) {
+  fcsa::Strides strides;
+  void* data = rows_data(name, x, like, shape, strides);
+  if (data != nullptr && !x->is_contiguous()) fail(name, "a contiguous tensor", "other strides");
+  return data;
+}
+
+// Sizes of one call, 64 bits wide.
+struct Sizes {
+  int64_t b0, b1, heads, kv_heads, queries, keys, head_dim, groups;
+};
+
+struct Options {
+  double scale_value;
+  int64_t groups;
+  bool causal, l2norm_qk;
+};
+
+Sizes sizes_of(const Tensor& q, const Tensor& k, int64_t groups) {
+  if (q.dim() != 5) fail("q", "5 dims (b0, b1, h, i, d)", shape_of(q));
+  if (k.dim() != 5) fail("k", "5 dims (b0, b1, hk, j, d)", shape_of(k));
+  const Sizes s{q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), k.size(3), q.size(4), groups};
+  for (int64_t size : {s.b0, s.b1, s.heads, s.kv_heads, s.queries, s.keys, s.head_dim, s.groups})
+    if (size < 1 || size > INT32_MAX) fail("q, k", "sizes from 1 to 2^31 - 1", shape_of(q) + ", " + shape_of(k));
+  if (s.head_dim % 8 != 0) fail("q", "a head dim that is a multiple of 8", shape_of(q));
+  if (s.head_dim % s.groups != 0) fail("groups", "a divisor of the head dim", std::to_string(s.groups));
+  if (s.heads % s.kv_heads != 0) fail("k", "kv heads that divide the heads", shape_of(k));
+  return s;
+}
+
+void set_mask(fcsa::Problem& p, const OptionalTensor& mask, const Tensor& q, const Sizes& s) {
+  if (!mask.has_value()) return;
+  check_broadcasts("mask", *mask, {s.b0, s.b1, s.keys});
+  check_dtype("mask", *mask, ScalarType::Bool);
+  check_device("mask", *mask, q);
+  p.mask = static_cast<const uint8_t*>(mask->data_ptr());
+  p.mask_b0 = broadcast_stride(*mask, 0);
+  p.mask_b1 = broadcast_stride(*mask, 1);
+  p.mask_key = broadcast_stride(*mask, 2);
+}
+
+void set_bias(fcsa::Problem& p, const OptionalTensor& bias, const Tensor& q, const Sizes& s) {
+  if (!bias.has_value()) return;
+  check_broadcasts("bias", *bias, {s.b0, s.b1, s.heads, s.queries, s.keys});
+  p.bias_is_float32 = bias->scalar_type() == ScalarType::Float;
+  if (!p.bias_is_float32) check_dtype("bias", *bias, q.scalar_type());
+  check_device("bias", *bias, q);
+  p.bias = bias->data_ptr();
+  p.bias_b0 = broadcast_stride(*bias, 0);
+  p.bias_b1 = broadcast_stride(*bias, 1);
+  p.bias_head = broadcast_stride(*bias, 2);
+  p.bias_query = broadcast_stride(*bias, 3);
+  p.bias_key = broadcast_stride(*bias, 4);
+}
+
+void set_bias_gradient(fcsa::BackwardParams& p, const OptionalTensor& dbias, const OptionalTensor& bias,
+                       const Tensor& q) {
+  if (!dbias.has_value()) return;
+  if (!bias.has_value()) fail("dbias", "none without a bias", shape_of(*dbias));
+  check_shape("dbias", *dbias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3), bias->size(4)});
+  check_dtype("dbias", *dbias, bias->scalar_type());
+  check_device("dbias", *dbias, q);
+  p.dbias = dbias->data_ptr();
+  p.dbias_b0 = broadcast_stride(*dbias, 0);
+  p.dbias_b1 = broadcast_stride(*dbias, 1);
+  p.dbias_head = broadcast_stride(*dbias, 2);
+  p.dbias_query = broadcast_stride(*dbias, 3);
+  p.dbias_key = broadcast_stride(*dbias, 4);
+}
+
+void set_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                 const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& q_unit,
+                 const OptionalTensor& k_unit, const Options& options, const Sizes& s) {
+  p.b0 = static_cast<int32_t>(s.b0);
+  p.b1 = static_cast<int32_t>(s.b1);
+  p.heads = static_cast<int32_t>(s.heads);
+  p.kv_heads = static_cast<int32_t>(s.kv_heads);
+  p.num_queries = static_cast<int32_t>(s.queries);
+  p.num_keys = static_cast<int32_t>(s.keys);
+  p.head_dim = static_cast<int32_t>(s.head_dim);
+  p.groups = static_cast<int32_t>(s.groups);
+  p.causal = options.causal;
+  p.l2norm_qk = options.l2norm_qk;
+  p.q = rows_data("q", q, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.q_strides);
+  p.k = rows_data("k", k, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.k_strides);
+  p.v = rows_data("v", v, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.v_strides);
+  set_mask(p, mask, q, s);
+  set_bias(p, bias, q, s);
+  p.scale = float_data("scale", scale, q, {s.heads});
+  p.scale_value = static_cast<float>(options.scale_value);
+  p.q_unit = unit_data("q_unit", q_unit, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim});
+  p.k_unit = unit_data("k_unit", k_unit, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
+}
+
+void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::string message = std::string(what) + ": CUDA error " + std::to_string(static_cast<int>(error));
+  char* text = nullptr;
+  if (torch_c10_cuda_check_msg != nullptr && torch_c10_cuda_free_error_msg != nullptr) {
+    torch_c10_cuda_check_msg(static_cast<int32_t>(error), __FILE__, what, __LINE__, false, &text);
+    if (text != nullptr) {
+      message += std::string(": ") + text;
+      torch_c10_cuda_free_error_msg(text);
+    }
+  }
+  throw std::runtime_error(message);
+}
+
+// On torch's current stream of the tensors' device. Host memory comes only from tests, whose launchers run no kernel.
+template <class Launcher, class Params>
+void launch(int64_t address, const Params& params, const Tensor& q, const char* what) {
+  if (address == 0) fail("launcher", "the address of a launcher", "0");
+  const auto launcher = reinterpret_cast<Launcher>(address);
+  if (!q.is_cuda()) return check_cuda(launcher(params, nullptr), what);
+  const int32_t device = q.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("this torch has no CUDA");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  check_cuda(launcher(params, static_cast<cudaStream_t>(stream)), what);
+}
+
+void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
+                    OptionalTensor scale, double scale_value, double bound, int64_t groups, bool causal, bool l2norm_qk,
+                    Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
+                    OptionalTensor k_unit) {
+  const Sizes s = sizes_of(q, k, groups);
+  fcsa::ForwardParams p{};
+  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
+  p.out = rows_data("out", out, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.out_strides);
+  p.lse = float_data("lse", lse, q, {s.b0, s.b1, s.heads, s.queries});
+  p.q_rnorm = float_data("q_rnorm", q_rnorm, q, {s.b0, s.b1, s.heads, s.queries, s.groups});
+  p.k_rnorm = float_data("k_rnorm", k_rnorm, q, {s.b0, s.b1, s.kv_heads, s.keys, s.groups});
+  p.bound = static_cast<float>(bound);
+  launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+}
+
+void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
+                     OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk, Tensor dout,
+                     OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
+                     OptionalTensor dq, OptionalTensor dk, OptionalTensor dv, OptionalTensor dbias,
+                     OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum, OptionalTensor q_unit,
+                     OptionalTensor k_unit, bool deterministic) {
+  const Sizes s = sizes_of(q, k, groups);
+  fcsa::BackwardParams p{};
+  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
+  p.dout = rows_data("dout", dout, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.dout_strides);
+  p.out = rows_data("out", out, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.out_strides);
+  p.dlse = float_data("dlse", dlse, q, {s.b0, s.b1, s.heads, s.queries});
+  p.lse = float_data("lse", lse, q, {s.b0, s.b1, s.heads, s.queries});
+  p.q_rnorm = float_data("q_rnorm", q_rnorm, q, {s.b0, s.b1, s.heads, s.queries, s.groups});
+  p.k_rnorm = float_data("k_rnorm", k_rnorm, q, {s.b0, s.b1, s.kv_heads, s.keys, s.groups});
+  p.dq = rows_data("dq", dq, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.dq_strides);
+  p.dk = rows_data("dk", dk, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.dk_strides);
+  p.dv = rows_data("dv", dv, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.dv_strides);
+  set_bias_gradient(p, dbias, bias, q);
+  p.dscale_rows = float_data("dscale_rows", dscale_rows, q, {s.b0, s.b1, s.heads, s.queries});
+  const int64_t rows = (s.queries + 127) / 128 * 128;
+  p.query_rows = reinterpret_cast<float4*>(float_data("query_rows", query_rows, q, {s.b0, s.b1, s.heads, rows, 4}));
+  if (dq_accum.has_value() && dq_accum->size(dq_accum->dim() - 1) < s.head_dim)
+    fail("dq_accum", "columns of the variant's head dim", shape_of(*dq_accum));
+  const int64_t columns = dq_accum.has_value() ? dq_accum->size(dq_accum->dim() - 1) : 0;
+  p.dq_accum = float_data("dq_accum", dq_accum, q, {s.b0, s.b1, s.heads, rows, columns});
+  p.deterministic = deterministic;
+  launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
+  m.def(
+      "launch_forward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
+      "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, Tensor(a!) out, Tensor(b!) lse, "
+      "Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit) -> ()");
+  m.def(
+      "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
+      "float scale_value, int groups, bool causal, bool l2norm_qk, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+      "Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
+      "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? q_unit, Tensor(i!)? k_unit, "
+      "bool deterministic) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {
+  m.impl("launch_forward", TORCH_BOX(&launch_forward));
+  m.impl("launch_backward", TORCH_BOX(&launch_backward));
+}

@@ -1,0 +1,247 @@
+"""The fused CUDA kernels as implementations of the operators: which kernel serves a call, its tensors, its launch.
+
+What the kernels cannot serve is refused with a reason: an automatic choice then warns once and runs the chunked path,
+a forced backend raises ValueError. Nothing here reads the device or waits for it.
+
+Kernels take a (b0, b1, heads, n, d) tensor by its strides if rows are contiguous and start on 16-byte boundaries; d is
+a multiple of 8 and the same for v. Everything else is brought into that form by one copy (kernel_form.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import chunked, launchers
+from ._build import BuildError
+from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
+from .problem import Gradients, Outputs, Problem
+from .variants import HEAD_DIMS, Variant, dtypes_of, tile_head_dim, variant_for
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0, torch.float32: 70.0}
+"""The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
+probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09)."""
+
+_warned: set[str] = set()
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability; None for a device that is no NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def refusal(arch: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels of `arch` cannot serve a call of this kind; None if they can (once compiled)."""
+    if capability is None:
+        return "the tensors are not on an NVIDIA GPU"
+    if not dtypes_of(arch):
+        return f"this version has no {arch} kernels"
+    if arch == "sm90" and capability != (9, 0):
+        return f"the sm90 kernels need compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}"
+    if DTYPE_NAMES.get(dtype) not in dtypes_of(arch):
+        return f"there is no {arch} kernel for {dtype}, only for {', '.join(dtypes_of(arch))}"
+    if not 0 < head_dim <= HEAD_DIMS[-1]:
+        return f"head dim {head_dim}: the kernels take 1 to {HEAD_DIMS[-1]}"
+    return None
+
+
+class CudaKernels:
+    """An `Implementation` (backends.py). `arch` forces one set of kernels; None chooses and falls back to chunked."""
+
+    def __init__(self, arch: str | None) -> None:
+        self.arch = arch
+        self._launchers: dict[tuple, int | str] = {}  # call's kind -> address, or the reason of a refusal
+
+    def forward(self, problem: Problem, outputs: Outputs) -> None:
+        launcher = self._launcher("forward", problem)
+        if launcher is None:
+            chunked.forward(problem, outputs)
+        elif problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+            empty_forward(outputs)
+        else:
+            launch_forward(launcher, problem, outputs)
+
+    def backward(
+        self, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
+    ) -> None:
+        launcher = self._launcher("backward", problem)
+        if launcher is None:
+            chunked.backward(problem, outputs, dout, dlse, gradients)
+        elif problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+            empty_backward(gradients)
+        else:
+            launch_backward(launcher, problem, outputs, dout, dlse, gradients)
+
+    def _launcher(self, pass_name: str, problem: Problem) -> int | None:
+        q, feature = problem.q, _feature(pass_name, problem)
+        key = (q.device, q.dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature)
+        found = self._launchers.get(key)
+        if found is None:
+            found = self._launchers[key] = self._resolve(pass_name, problem, feature)
+        if isinstance(found, int):
+            return found
+        if self.arch is not None:
+            raise ValueError(f"backend: {self.arch!r} cannot serve this call: {found}")
+        _warn_once(found)
+        return None
+
+    def _resolve(self, pass_name: str, problem: Problem, feature: str) -> int | str:
+        """The address of the launcher, compiled if need be; or why there is none."""
+        capability = capability_of(problem.q.device)
+        head_dim = kernel_width(problem.q.shape[-1], problem.v.shape[-1], problem.groups)
+        reason = None
+        for arch in (self.arch,) if self.arch is not None else ("sm90", "sm80"):
+            reason = refusal(arch, capability, problem.q.dtype, head_dim)
+            if reason is None:
+                assert capability is not None
+                variant = variant_for(arch, pass_name, DTYPE_NAMES[problem.q.dtype], head_dim, feature)
+                try:
+                    return launchers.address(variant, capability, _needed_soon(variant, problem))
+                except BuildError as error:
+                    reason = str(error)
+        assert reason is not None
+        return reason
+
+
+AUTOMATIC = CudaKernels(None)
+FORCED = {"sm80": CudaKernels("sm80"), "sm90": CudaKernels("sm90")}
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"flash_cosine_sim_attention runs on its plain PyTorch path, without the fused CUDA kernels: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _feature(pass_name: str, problem: Problem) -> str:
+    if pass_name == "backward":
+        return "plain" if problem.bias is None else "bias"
+    bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, 0.0)
+    return "bounded" if bounded else "running_max"
+
+
+def _needed_soon(variant: Variant, problem: Problem) -> Sequence[Variant]:
+    """The backward kernel of a forward call that will be differentiated: compiled in the same go."""
+    inputs = (problem.q, problem.k, problem.v, problem.bias, problem.scale)
+    if variant.pass_name != "forward" or not any(x is not None and x.requires_grad for x in inputs):
+        return ()
+    feature = _feature("backward", problem)
+    return (variant_for(variant.arch, "backward", variant.dtype, variant.head_dim, feature),)
+
+
+# ---- one pass each: bring the tensors into the kernels' form, launch, bring the results back ----
+
+
+def launch_forward(launcher: int, problem: Problem, outputs: Outputs) -> None:
+    """Fills `outputs`. No size is 0."""
+    q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
+    width = kernel_width(q.shape[-1], v.shape[-1], groups)
+    q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
+    out = writable(outputs.out, width)
+    copies = norm and groups > 1
+    torch.ops.flash_cosine_sim_attention.launch_forward(
+        launcher,
+        q,
+        k,
+        v,
+        problem.mask,
+        kernel_bias(problem.bias, q.dtype),
+        None if problem.scale is None else problem.scale.contiguous(),
+        problem.scale_value,
+        problem.bound,
+        groups,
+        problem.causal,
+        norm,
+        out,
+        outputs.lse,
+        outputs.q_rnorm if norm else None,
+        outputs.k_rnorm if norm else None,
+        workspace(q, q.shape, q.dtype) if copies else None,
+        workspace(q, k.shape, q.dtype) if copies else None,
+    )
+    write_back(out, outputs.out)
+
+
+def launch_backward(
+    launcher: int, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
+) -> None:
+    """Fills what is not None of `gradients`. No size is 0."""
+    q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
+    width = kernel_width(q.shape[-1], v.shape[-1], groups)
+    q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
+    bias = kernel_bias(problem.bias, q.dtype)
+    dbias = writable_bias_gradient(bias, gradients.dbias)
+    dq, dk, dv = (
+        None if gradient is None else writable(gradient, width)
+        for gradient in (gradients.dq, gradients.dk, gradients.dv)
+    )
+    dscale_rows = None if gradients.dscale is None else workspace(q, q.shape[:-1])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    accumulates = (dq is not None or dscale_rows is not None) and not deterministic
+    columns = tile_head_dim(width)
+    assert columns is not None
+    padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
+    # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it works on unit copies
+    copies = norm and (groups > 1 or q.dtype == torch.float16)
+    torch.ops.flash_cosine_sim_attention.launch_backward(
+        launcher,
+        q,
+        k,
+        v,
+        problem.mask,
+        bias,
+        None if problem.scale is None else problem.scale.contiguous(),
+        problem.scale_value,
+        groups,
+        problem.causal,
+        norm,
+        readable(dout, 1, width),
+        None if dlse is None else dlse.to(torch.float32).contiguous(),
+        readable(outputs.out, 1, width),
+        outputs.lse.contiguous(),
+        outputs.q_rnorm.contiguous() if norm else None,
+        outputs.k_rnorm.contiguous() if norm else None,
+        dq,
+        dk,
+        dv,
+        dbias,
+        dscale_rows,
+        workspace(q, (*padded_rows, 4)),
+        workspace(q, (*padded_rows, columns)) if accumulates else None,
+        workspace(q, q.shape, q.dtype) if copies else None,
+        workspace(q, k.shape, q.dtype) if copies else None,
+        deterministic,
+    )
+    write_back(dq, gradients.dq, groups)
+    write_back(dk, gradients.dk, groups)
+    write_back(dv, gradients.dv)
+    write_back(dbias, gradients.dbias)
+    if dscale_rows is not None:
+        torch.sum(dscale_rows, (0, 1, 3), out=gradients.dscale)
+
+
+def empty_forward(outputs: Outputs) -> None:
+    """No query, no key or no batch: an attention over nothing is 0."""
+    outputs.out.zero_()
+    outputs.lse.fill_(float("-inf"))
+    outputs.q_rnorm.zero_()  # read by nothing; never left as it came
+    outputs.k_rnorm.zero_()
+
+
+def empty_backward(gradients: Gradients) -> None:
+    for gradient in (gradients.dq, gradients.dk, gradients.dv, gradients.dbias, gradients.dscale):
+        if gradient is not None:
+            gradient.zero_()
