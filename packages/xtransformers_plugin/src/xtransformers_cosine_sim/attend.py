@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flash_cosine_sim_attention import l2norm_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import Attention
 
@@ -90,7 +90,7 @@ def _as_qk_norm(q: Tensor, k: Tensor, layer: Layer, stock_scale: float | None) -
     return q * (_default_scale(layer.scale, q) / _default_scale(stock_scale, q)), k
 
 
-def check_site(attention: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def check_site(attention: Attention, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Forward pre-hook of an enabled Attention: what changes q, k after their norm is not to be seen in `Attend`."""
     layer: Layer | None = vars(attention.attend).get("cosine_sim")
     if layer is None:

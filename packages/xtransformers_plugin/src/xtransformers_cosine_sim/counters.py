@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from x_transformers.attend import Attend
 
 COMPILED_CALLS = "cosine_sim_compiled_calls"
-"""Non-persistent buffer (2,) int64 of the attend module of an enabled layer: [fused, stock] calls inside compiled graphs."""
+"""Non-persistent buffer (2,) int64 of an enabled attend module: [fused, stock] calls inside compiled graphs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Tally:
     fused: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def count(self, attend: nn.Module, stock_reason: str | None) -> None:
+    def count(self, attend: Attend, stock_reason: str | None) -> None:
         """Compiled graphs count in a tensor: a Python int would be a constant of the graph, or recompile it."""
         if torch.compiler.is_compiling():
             getattr(attend, COMPILED_CALLS)[0 if stock_reason is None else 1].add_(1)
@@ -60,7 +61,7 @@ class Tally:
             self.reasons[stock_reason] += 1
 
 
-def _layer_counts(attend: nn.Module) -> LayerCounts:
+def _layer_counts(attend: Attend) -> LayerCounts:
     tally = attend.cosine_sim.tally
     compiled_fused, compiled_stock = getattr(attend, COMPILED_CALLS).tolist()
     reasons = dict(tally.reasons)
@@ -69,8 +70,8 @@ def _layer_counts(attend: nn.Module) -> LayerCounts:
     return LayerCounts(tally.fused + compiled_fused, sum(reasons.values()), reasons)
 
 
-def enabled_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path of the Attention -> its attend module, for every layer that `enable` has taken, in the order of the model."""
+def enabled_layers(model: nn.Module) -> dict[str, Attend]:
+    """Path of the Attention -> its attend module, for every layer that `enable` has taken, in order."""
     layers = {}
     for path, module in model.named_modules():
         attend = getattr(module, "attend", None)

@@ -189,7 +189,7 @@ def _swap(attention: Attention, layer: Layer) -> None:
     attention.register_forward_pre_hook(check_site, with_kwargs=True)
 
 
-def _restore(attention: nn.Module) -> None:
+def _restore(attention: Attention) -> None:
     attend = attention.attend
     if type(attend) is CosineSimAttend:
         attend.__class__ = Attend

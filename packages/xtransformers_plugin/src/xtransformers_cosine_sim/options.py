@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from x_transformers.attend import Attend
+from x_transformers.x_transformers import Attention
 
 from . import seam
 
@@ -74,14 +74,16 @@ def _is_on(value: object) -> bool:
     return value is not None and value is not False
 
 
-def _is_softmax_over_keys(attn_fn: object) -> bool:
+def _is_not_softmax_over_keys(attention: Attention) -> bool:
+    """The other functions leave no boolean behind: `attn_fn` itself is what tells them apart."""
+    attn_fn = getattr(attention.attend, "attn_fn", None)
     if not isinstance(attn_fn, partial) or attn_fn.func is not F.softmax or attn_fn.args:
-        return False
+        return True
     keywords = dict(attn_fn.keywords)
-    return keywords.pop("dim", None) == -1 and keywords.pop("dtype", None) in (None, torch.float32) and not keywords
+    return keywords.pop("dim", None) != -1 or keywords.pop("dtype", None) not in (None, torch.float32) or bool(keywords)
 
 
-def _has_unknown_scale(attention: nn.Module) -> bool:
+def _has_unknown_scale(attention: Attention) -> bool:
     scale = getattr(attention.attend, "scale", None)
     return not (scale is None or isinstance(scale, Real))
 
@@ -100,7 +102,7 @@ def _has_xpos_scale(keywords: Mapping[str, Any]) -> bool:
     return any(pair is not None and isinstance(pair[1], torch.Tensor) for pair in pairs)
 
 
-def _has_rmsnorm(attention: nn.Module) -> bool:
+def _has_rmsnorm(attention: Attention) -> bool:
     return _is_on(attention.q_rmsnorm) or _is_on(attention.k_rmsnorm)
 
 
@@ -155,7 +157,7 @@ TABLE: tuple[Row, ...] = (
     _served("pre_norm | sandwich_norm | pre_and_post_norm", "every norm placement"),
     # another function of the logits
     _refused("attn_sigmoid | attn_hard | attn_sparse_topk | attn_gumbel_softmax | attn_custom_attn_fn",
-             "expected F.softmax over keys as attend.attn_fn", lambda m: not _is_softmax_over_keys(getattr(m.attend, "attn_fn", None))),
+             "expected F.softmax over keys as attend.attn_fn", _is_not_softmax_over_keys),
     _switch("cross_attn_inverted_attention", "inverted_attention", "softmax over queries"),
     _switch("attn_pre_talking_heads", "pre_softmax_talking_heads", "heads are mixed before the softmax"),
     _switch("attn_post_talking_heads", "post_softmax_talking_heads", "heads are mixed after the softmax"),
@@ -211,7 +213,7 @@ def first_refused(where: Where, subject: Any, mode: Mode) -> Row | None:
     return None
 
 
-def detail(row: Row, attention: nn.Module) -> str:
+def detail(row: Row, attention: Attention) -> str:
     """The reason, with what was found where the row stands for several things."""
     attend = attention.attend
     if "attn_fn" in row.reason:
