@@ -31,10 +31,10 @@ def _command(words: Sequence[str | Path]) -> str:
     return " ".join(quoted).replace("$", "$$")
 
 
-def render(targets: Sequence[Target], toolchain: Toolchain, library: str | None = None) -> str:
-    """The build file. Each target becomes <name>.so, or with `library` all of them together become that one.
+def render(targets: Sequence[Target], toolchain: Toolchain, library: str | None = None, link: bool = True) -> str:
+    """The build file. Each target becomes <name>.so; with `library` all together become that; without `link` none do.
 
-    Object files and compiler output (<name>.log: the registers, shared memory and spills of each kernel) stay beside.
+    Objects and the compiler's words (<name>.o.log: registers, shared memory and spills of each kernel) stay beside.
     """
     lines = [
         "ninja_required_version = 1.5",
@@ -47,9 +47,9 @@ def render(targets: Sequence[Target], toolchain: Toolchain, library: str | None 
     ]
     for target in targets:
         lines += _compile_edge(target, toolchain)
-        if library is None:
+        if link and library is None:
             lines += _link_edge(f"{target.name}.so", [f"{target.name}.o"], target, toolchain)
-    if library is not None:
+    if link and library is not None:
         lines += _library_edge(library, targets, toolchain)
     return "\n".join(lines) + "\n"
 
@@ -95,12 +95,14 @@ def _library_edge(library: str, targets: Sequence[Target], toolchain: Toolchain)
     ]
 
 
-def write_build(folder: Path, targets: Sequence[Target], toolchain: Toolchain, library: str | None = None) -> None:
+def write_build(
+    folder: Path, targets: Sequence[Target], toolchain: Toolchain, library: str | None = None, link: bool = True
+) -> None:
     """The stubs and build.ninja; a stub whose text is unchanged keeps its time, so that ninja need not redo it."""
     for target in targets:
         if target.stub is not None:
             _write_if_changed(folder / target.file_name, target.stub)
-    _write_if_changed(folder / "build.ninja", render(targets, toolchain, library))
+    _write_if_changed(folder / "build.ninja", render(targets, toolchain, library, link))
 
 
 def _write_if_changed(path: Path, text: str) -> None:
@@ -144,7 +146,7 @@ def run(
     if timed_out.is_set():
         raise BuildError(f"compiling took longer than {timeout:.0f} s (FLASH_COSINE_SIM_BUILD_TIMEOUT)")
     if code != 0:
-        raise BuildError(f"compiling failed:\n{_excerpt(output)}")
+        raise BuildError(f"compiling failed:\n{excerpt(output)}")
 
 
 @contextlib.contextmanager
@@ -178,11 +180,18 @@ def _process(
             process.stdout.close()
 
 
-def _excerpt(output: list[str], limit: int = 40) -> str:
+def excerpt(output: list[str], limit: int = 40) -> str:
     """The lines with errors and what follows them, not the ptxas statistics."""
     kept = [line for line in output if not line.startswith(("ptxas info", "ninja:", "    "))]
     first = next((index for index, line in enumerate(kept) if "error" in line.lower()), 0)
     return "".join(kept[first : first + limit]).rstrip()
+
+
+def durations(folder: Path) -> dict[str, float]:
+    """Output file -> the seconds that ninja's log says it took."""
+    log = folder / ".ninja_log"
+    rows = [line.split("\t") for line in log.read_text().splitlines()[1:]] if log.exists() else []
+    return {row[3]: (int(row[1]) - int(row[0])) / 1000 for row in rows if len(row) >= 4}
 
 
 def stderr_progress(what: str) -> Progress:
