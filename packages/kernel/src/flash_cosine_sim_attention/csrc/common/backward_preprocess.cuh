@@ -1,0 +1,106 @@
+// What the backward needs of every query row before it starts, and zeros in the accumulator of dq.
+#pragma once
+
+#include "../params.h"
+#include "reduce.cuh"
+#include "tile_index.cuh"
+#include "vectorized.cuh"
+
+namespace fcsa {
+
+// Rows of the workspaces of one (b0, b1, head) are padded to a multiple of this, so that tiles load without bounds.
+constexpr int kQueryPadding = 128;
+
+__host__ __device__ constexpr int padded_queries(int num_queries) {
+  return ceil_div(num_queries, kQueryPadding) * kQueryPadding;
+}
+
+// With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
+// A row that sees no key, and a row of padding, has shift -inf and zeros elsewhere: P and dS' are 0.
+struct QueryRow {
+  float score;     // scale * q_rnorm * log2(e)
+  float shift;     // -lse * log2(e)
+  float gradient;  // q_rnorm * scale_in_rows
+  float offset;    // -delta * gradient,  delta = sum_c dout_c out_c - dlse
+};
+
+// How the norm meets the products: folded into the factors of QueryRow and k_factor, or by unit copies, or not at all.
+__host__ __device__ inline bool norm_is_folded(const Problem& p) { return p.l2norm_qk && p.q_unit == nullptr; }
+
+__device__ __forceinline__ float head_scale(const Problem& p, int head) {
+  return p.scale != nullptr ? p.scale[head] : p.scale_value;
+}
+
+// Query heads of one kv head may have learned scales of their own; dk mixes them, so there dS' carries the scale.
+__device__ __forceinline__ bool scale_in_rows(const Problem& p) { return p.scale != nullptr && p.heads != p.kv_heads; }
+
+// The scale that dS' carries: never 0, since dscale is divided by it. Products for dk skip heads of scale 0.
+__device__ __forceinline__ float row_scale(const Problem& p, int head) {
+  const float scale = head_scale(p, head);
+  return scale_in_rows(p) && scale != 0.0f ? scale : 1.0f;
+}
+
+// The scale that is still to be multiplied to sums of dS'.
+__device__ __forceinline__ float remaining_scale(const Problem& p, int head) {
+  const float scale = head_scale(p, head);
+  return scale_in_rows(p) && scale != 0.0f ? 1.0f : scale;
+}
+
+namespace backward {
+
+constexpr int kPreprocessThreads = 256;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// One row in kLanesPerRow lanes, eight columns each. kHeadDim: columns of dq_accum.
+template <class Element, int kHeadDim, int kLanesPerRow>
+__global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __grid_constant__ BackwardParams p) {
+  constexpr int kRows = kPreprocessThreads / kLanesPerRow;
+  const int padded = padded_queries(p.num_queries);
+  const TileIndex index = TileIndex::from_block(blockIdx.x, padded / kRows, p.heads, p.b1);
+  const int row = index.tile * kRows + threadIdx.x / kLanesPerRow;
+  const int lane = threadIdx.x % kLanesPerRow, column = lane * 8;
+  const int64_t padded_row = index.first_row(p.b1, p.heads, padded) + row;
+
+  float product = 0.0f;
+  if (row < p.num_queries && column < p.head_dim) {
+    float dout[8], out[8];
+    load8(dout, static_cast<const Element*>(p.dout) + index.offset(p.dout_strides) + row * p.dout_strides.row + column);
+    load8(out, static_cast<const Element*>(p.out) + index.offset(p.out_strides) + row * p.out_strides.row + column);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) product += dout[c] * out[c];
+  }
+  float delta = lane_sum<kLanesPerRow>(product);
+
+  if (lane == 0) {
+    QueryRow result = {0.0f, -INFINITY, 0.0f, 0.0f};
+    if (row < p.num_queries) {
+      const int64_t source = index.first_row(p.b1, p.heads, p.num_queries) + row;
+      if (p.dlse != nullptr) delta -= p.dlse[source];
+      const float lse = p.lse[source], rnorm = norm_is_folded(p) ? p.q_rnorm[source] : 1.0f;
+      if (lse != -INFINITY) {
+        const float gradient = rnorm * row_scale(p, index.head);
+        result = {head_scale(p, index.head) * rnorm * kLog2e, -lse * kLog2e, gradient, -delta * gradient};
+      }
+    }
+    p.query_rows[padded_row] = make_float4(result.score, result.shift, result.gradient, result.offset);
+  }
+  if (p.dq_accum != nullptr && column < kHeadDim) {
+    float4* target = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + column);
+    target[0] = target[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+}
+
+template <class Element, int kHeadDim>
+cudaError_t launch_preprocess(const BackwardParams& p, cudaStream_t stream) {
+  constexpr int kLanesPerRow = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
+  constexpr int kRows = kPreprocessThreads / kLanesPerRow;
+  static_assert(kQueryPadding % kRows == 0);
+  const int64_t blocks = static_cast<int64_t>(padded_queries(p.num_queries) / kRows) * p.heads * p.b1 * p.b0;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  preprocess_kernel<Element, kHeadDim, kLanesPerRow><<<static_cast<uint32_t>(blocks), kPreprocessThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace backward
+}  // namespace fcsa

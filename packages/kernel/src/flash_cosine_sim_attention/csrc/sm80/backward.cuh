@@ -1,0 +1,85 @@
+// The backward pass: launches, in order.
+//
+//   l2norm_forward       unit copies of q and k, where the norm is not folded
+//   preprocess           query_rows, zeros in dq_accum
+//   backward_dkdv        dk, dv, dq_accum
+//   dq_postprocess       dq, dscale_rows          or, deterministic: backward_dq
+//   backward_dbias       dbias
+#pragma once
+
+#include "../norm/l2norm_forward.cuh"
+#include "backward_dbias.cuh"
+#include "backward_dkdv.cuh"
+#include "backward_dq.cuh"
+#include "backward_launch.cuh"
+
+namespace fcsa::sm80 {
+
+template <class Element>
+cudaError_t launch_unit_copies(const Problem& p, cudaStream_t stream) {
+  if (p.q_unit == nullptr) return cudaSuccess;
+  if (const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, nullptr, p.q_unit), stream);
+      error != cudaSuccess) {
+    return error;
+  }
+  return launch_l2norm_forward<Element>(k_norm_params(p, nullptr, p.k_unit), stream);
+}
+
+template <class Config>
+cudaError_t launch_dkdv(const BackwardParams& p, cudaStream_t stream) {
+  const int64_t blocks = static_cast<int64_t>(ceil_div(p.num_keys, Config::kBlockK)) * p.kv_heads * p.b1 * p.b0;
+  const cudaError_t error = launch_blocks<backward_dkdv_kernel<Config>>(p, blocks, Config::kThreads,
+                                                                        sizeof(DkDvStorage<Config>), stream);
+  if (error != cudaSuccess || p.dq_accum == nullptr) return error;
+  const int64_t q_blocks = static_cast<int64_t>(ceil_div(p.num_queries, Config::kBlockQ)) * p.heads * p.b1 * p.b0;
+  return launch_blocks<backward_dq_postprocess_kernel<Config>>(
+      p, q_blocks, Config::kThreads, Config::kBlockQ * kDqPostprocessStride<Config> * sizeof(float), stream);
+}
+
+// The tile sizes that the device's shared memory allows.
+template <class Traits>
+cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream) {
+  using Large = BackwardConfig<Traits, false>;
+  using Small = BackwardConfig<Traits, true>;
+  static_assert(sizeof(DkDvStorage<Large>) <= 163 * 1024 && sizeof(DkDvStorage<Small>) <= 99 * 1024);
+  if constexpr (sizeof(DkDvStorage<Large>) <= 99 * 1024) {
+    return launch_dkdv<Large>(p, stream);
+  } else {
+    int device = 0, limit = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error != cudaSuccess) return error;
+    if (limit >= static_cast<int>(sizeof(DkDvStorage<Large>))) return launch_dkdv<Large>(p, stream);
+    return launch_dkdv<Small>(p, stream);
+  }
+}
+
+template <class Traits>
+cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
+  using Block = ScoreBlock<Traits>;
+  static_assert(sizeof(DqStorage<Traits>) <= 99 * 1024 && sizeof(DbiasStorage<Traits>) <= 99 * 1024);
+  cudaError_t error = launch_unit_copies<typename Traits::Element>(p, stream);
+  if (error != cudaSuccess) return error;
+  error = backward::launch_preprocess<typename Traits::Element, Traits::kHeadDim>(p, stream);
+  if (error != cudaSuccess) return error;
+  if (p.dk != nullptr || p.dv != nullptr || p.dq_accum != nullptr) {
+    error = launch_dkdv_for_device<Traits>(p, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (p.dq_accum == nullptr && (p.dq != nullptr || p.dscale_rows != nullptr)) {
+    const int64_t blocks = static_cast<int64_t>(ceil_div(p.num_queries, Block::kQueries)) * p.heads * p.b1 * p.b0;
+    error = launch_blocks<backward_dq_kernel<Traits>>(p, blocks, Block::kThreads, sizeof(DqStorage<Traits>), stream);
+    if (error != cudaSuccess) return error;
+  }
+  if constexpr (Traits::kHasBias) {
+    if (p.dbias != nullptr) {
+      return launch_blocks<backward_dbias_kernel<Traits>>(p, dbias_blocks<Traits>(p), Block::kThreads,
+                                                          sizeof(DbiasStorage<Traits>), stream);
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace fcsa::sm80

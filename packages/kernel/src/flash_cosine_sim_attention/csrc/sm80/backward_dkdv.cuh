@@ -1,0 +1,410 @@
+// The main kernel of the backward: dk and dv of a block of keys in registers, dq by additions to a float accumulator.
+//
+// One block of threads owns (b0, b1, kv head, kBlockK keys) and walks over the query heads of its kv head and their
+// query blocks that can see its keys. Transposed scores, so that a warp's accumulators are operands of the next product:
+//
+//   S^T (keys x queries) = K Q^T          P^T  = exp2(S^T factors + shift)
+//   dP^T                 = V dO^T         dS'^T = P^T (dP^T gradient + offset) k_factor
+//   dv += P^T dO          dk += dS'^T Q          dq (queries x d) = dS' K, dS' through shared memory
+#pragma once
+
+#include "backward_dq_accum.cuh"
+#include "backward_project.cuh"
+#include "backward_tiles.cuh"
+#include "backward_traits.cuh"
+
+namespace fcsa::sm80 {
+
+struct Nothing {};
+
+template <class Config>
+struct DkDvStorage {
+  using Element = typename Config::Element;
+  using KeyTile = SmemTile<Element, Config::kBlockK, Config::kHeadDim>;
+  using QueryTile = SmemTile<Element, Config::kBlockQ, Config::kHeadDim>;
+  using ScoreTile = SmemTile<Element, Config::kBlockK, Config::kBlockQ>;
+  struct Loop {
+    KeyTile k, v;
+    QueryTile q[Config::kStages], dout[Config::kStages];
+    ScoreTile ds;
+    std::conditional_t<Config::kSplit != 1, ScoreTile, Nothing> p;  // exchanged among the warps that share keys
+    float4 query_rows[Config::kBlockQ];
+  };
+  static constexpr int kDkStride = Config::kHeadDim + 8;  // spreads the rows of a fragment over the banks
+  struct Epilogue {
+    KeyTile dv;
+    float dk[Config::kBlockK * kDkStride];
+  };
+  union {
+    Loop loop;
+    Epilogue epilogue;
+  };
+};
+
+struct QueryStep {
+  int head, q_block;  // within the kv head's group; block of kBlockQ queries
+};
+
+// Where a block of threads stands, and what it wants.
+template <class Config>
+struct DkDvWork {
+  TileIndex index;  // head: kv head; tile: key block
+  int key0;         // first key of the block
+  int key_limit;    // keys of the block that exist
+  int first_q_block, num_q_blocks;  // query blocks that can see a key of the block: per query head
+  int group;        // query heads of the kv head
+  bool wants_dk, wants_dv, wants_dq;
+
+  __device__ __forceinline__ DkDvWork(const BackwardParams& p, uint32_t block)
+      : index(TileIndex::from_block(block, ceil_div(p.num_keys, Config::kBlockK), p.kv_heads, p.b1)),
+        key0(index.tile * Config::kBlockK),
+        key_limit(min(Config::kBlockK, p.num_keys - key0)),
+        group(p.heads / p.kv_heads),
+        wants_dk(p.dk != nullptr),
+        wants_dv(p.dv != nullptr),
+        wants_dq(p.dq_accum != nullptr) {
+    const int first_query = p.causal ? max(0, key0 - (p.num_keys - p.num_queries)) : 0;
+    first_q_block = first_query / Config::kBlockQ;
+    num_q_blocks = max(0, ceil_div(p.num_queries, Config::kBlockQ) - first_q_block);
+  }
+
+  __device__ __forceinline__ TileIndex query_head(const QueryStep& step) const {
+    TileIndex result = index;
+    result.head = index.head * group + step.head;
+    return result;
+  }
+
+  // The walk: query blocks of the first query head, then of the next.
+  __device__ __forceinline__ QueryStep first() const { return {0, first_q_block}; }
+  __device__ __forceinline__ QueryStep after(const QueryStep& step) const {
+    if (step.q_block + 1 < first_q_block + num_q_blocks) return {step.head, step.q_block + 1};
+    return {step.head + 1, first_q_block};
+  }
+};
+
+// q and dout of one step, with cp.async (not committed).
+template <class Config>
+__device__ __forceinline__ void load_queries(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
+                                             const DkDvWork<Config>& work, const QueryStep& step, int stage) {
+  using Element = typename Config::Element;
+  const TileIndex head = work.query_head(step);
+  const int query0 = step.q_block * Config::kBlockQ;
+  const Rows<Element> q = query_operand<Element>(p, head);
+  copy_tile_async<Config::kThreads>(smem.q[stage], q.base + query0 * q.stride, q.stride, p.num_queries - query0,
+                                    p.head_dim);
+  const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
+  copy_tile_async<Config::kThreads>(smem.dout[stage], dout + query0 * p.dout_strides.row, p.dout_strides.row,
+                                    p.num_queries - query0, p.head_dim);
+}
+
+template <class Config>
+__device__ __forceinline__ void load_query_rows(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
+                                                const DkDvWork<Config>& work, const QueryStep& step) {
+  const int64_t row = work.query_head(step).first_row(p.b1, p.heads, padded_queries(p.num_queries));
+  copy_query_rows_async(smem.query_rows, p.query_rows + row + step.q_block * Config::kBlockQ);
+}
+
+template <class Config>
+__device__ __forceinline__ void load_keys(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
+                                          const DkDvWork<Config>& work) {
+  using Element = typename Config::Element;
+  const Rows<Element> k = key_operand<Element>(p, work.index);
+  const uint8_t* mask = mask_row(p, work.index);
+  if (mask != nullptr) mask += work.key0 * p.mask_key;
+  copy_keys_async<Config::kThreads>(smem.k, k.base + work.key0 * k.stride, k.stride, work.key_limit, p.head_dim, mask,
+                                    p.mask_key);
+  const Element* v = static_cast<const Element*>(p.v) + work.index.offset(p.v_strides);
+  copy_keys_async<Config::kThreads>(smem.v, v + work.key0 * p.v_strides.row, p.v_strides.row, work.key_limit,
+                                    p.head_dim, mask, p.mask_key);
+}
+
+// What a thread knows of its keys: row 8 half + lane / 4 of m16 tile m.
+template <class Config>
+struct ThreadKeys {
+  float factor[Config::kKeyTiles][2];  // k_rnorm where the norm is folded; 0 for keys that are not there
+  uint32_t visible = 0;                // bit 2 m + half
+
+  __device__ __forceinline__ ThreadKeys(const BackwardParams& p, const DkDvWork<Config>& work, int first_key) {
+    const uint8_t* mask = mask_row(p, work.index);
+    const int64_t row0 = work.index.first_row(p.b1, p.kv_heads, p.num_keys) + work.key0;
+    const bool folded = Config::kFoldsNorm && norm_is_folded(p);
+#pragma unroll
+    for (int i = 0; i < 2 * Config::kKeyTiles; ++i) {
+      const int key = first_key + 8 * i + threadIdx.x % 32 / 4;
+      bool is_visible = key < work.key_limit;
+      if (is_visible && mask != nullptr) is_visible = mask[(work.key0 + key) * p.mask_key] != 0;
+      visible |= static_cast<uint32_t>(is_visible) << i;
+      factor[i / 2][i % 2] = !is_visible ? 0.0f : folded ? p.k_rnorm[row0 + key] : 1.0f;
+    }
+  }
+
+  __device__ __forceinline__ bool all_visible() const { return visible == (1u << 2 * Config::kKeyTiles) - 1; }
+};
+
+// P^T in place of S^T. query0, key0: of the chunk; rows: its records.
+template <class Config, int kN>
+__device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], const BackwardParams& p,
+                                             const ThreadKeys<Config>& keys, const float4* rows, bool has_hidden,
+                                             const BiasReader<typename Config::Element>& bias, int query0, int key0) {
+  const int lane = threadIdx.x % 32, last = p.num_keys - p.num_queries;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = 8 * n + lane % 4 * 2 + c;
+      const float2 row = *reinterpret_cast<const float2*>(rows + column);  // score, shift
+#pragma unroll
+      for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[m][n][2 * half + c];
+          const float t = Config::kFoldsNorm ? x * keys.factor[m][half] : x;
+          float shift = row.y;
+          if constexpr (Config::kHasBias) shift += bias(query0 + column, key0 + 16 * m + 8 * half + lane / 4);
+          x = ptx::exp2_approx(fmaf(t, row.x, shift));
+        }
+      }
+    }
+  }
+  if (!has_hidden) return;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int query = query0 + 8 * n + lane % 4 * 2 + r % 2, key = key0 + 16 * m + r / 2 * 8 + lane / 4;
+        const bool visible = (keys.visible >> (2 * m + r / 2) & 1) && (!p.causal || key <= query + last);
+        if (!visible) s[m][n][r] = 0.0f;
+      }
+    }
+  }
+}
+
+// dS'^T in place of dP^T.
+template <class Config, int kN>
+__device__ __forceinline__ void differentiate(float (&dp)[Config::kKeyTiles][kN][4],
+                                              const float (&p)[Config::kKeyTiles][kN][4],
+                                              const ThreadKeys<Config>& keys, const float4* rows) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float2 row = reinterpret_cast<const float2*>(rows + 8 * n + threadIdx.x % 4 * 2 + c)[1];  // gradient, offset
+#pragma unroll
+      for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& x = dp[m][n][2 * half + c];
+          x = p[m][n][2 * half + c] * fmaf(x, row.x, row.y);
+          if constexpr (Config::kFoldsNorm) x *= keys.factor[m][half];
+        }
+      }
+    }
+  }
+}
+
+// dq += dS' K for the whole block; everyone has written dS'.
+template <class Config>
+__device__ __forceinline__ void accumulate_dq(const typename DkDvStorage<Config>::Loop& smem, float* dq_accum) {
+  using Storage = DkDvStorage<Config>;
+  const int warp = threadIdx.x / 32, warp_n = warp % Config::kDqWarpsN, warp_m = warp / Config::kDqWarpsN;
+  const ChunksReader<typename Storage::ScoreTile> ds(smem.ds, 0, warp_m * Config::kDqRowTiles * 2);
+  const RowsReader<typename Storage::KeyTile> k(smem.k, 0, warp_n * 2);
+  float acc[Config::kDqRowTiles][2 * Config::kDqColumnPairs][4];
+  set_zero(acc);
+#pragma unroll
+  for (int step = 0; step < Config::kBlockK / 16; ++step) {
+    uint32_t fragment[Config::kDqRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < Config::kDqRowTiles; ++m) ds.load_transposed(fragment[m], 16 * step, 2 * m);
+    multiply_step<typename Config::Element, Config::kDqWarpsN>(acc, fragment, k, 16 * step);
+  }
+#pragma unroll
+  for (int m = 0; m < Config::kDqRowTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * Config::kDqColumnPairs; ++n) {
+      const int fragment = m * 2 * Config::kDqColumnPairs + n;
+      add_fragment<Config::kThreads>(dq_accum, fragment, acc[m][n]);
+    }
+  }
+}
+
+// Writes dk and dv; masked keys, and keys that no query sees, get zeros.
+template <class Config>
+__device__ __forceinline__ void write_dk_dv(typename DkDvStorage<Config>::Epilogue& smem, const BackwardParams& p,
+                                            const DkDvWork<Config>& work,
+                                            const float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                            const float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                            int first_key, int part) {
+  using Element = typename Config::Element;
+  constexpr int kDkStride = DkDvStorage<Config>::kDkStride;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * Config::kColumnPairs; ++n) {
+      const int column = 16 * (n / 2 * Config::kSplit + part) + n % 2 * 8 + lane % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_key + 16 * m + 8 * half + lane / 4;
+        const float* source_dk = dk[m][n] + 2 * half;
+        const float* source_dv = dv[m][n] + 2 * half;
+        *reinterpret_cast<uint32_t*>(&smem.dv.at(row, column)) = pack<Element>(source_dv[0], source_dv[1]);
+        *reinterpret_cast<float2*>(smem.dk + row * kDkStride + column) = make_float2(source_dk[0], source_dk[1]);
+      }
+    }
+  }
+  __syncthreads();
+  if (work.wants_dv) {
+    Element* target = static_cast<Element*>(p.dv) + work.index.offset(p.dv_strides) + work.key0 * p.dv_strides.row;
+    for (int i = threadIdx.x; i < Config::kBlockK * Config::kHeadDim / 8; i += Config::kThreads) {
+      const int row = i / (Config::kHeadDim / 8), column = i % (Config::kHeadDim / 8) * 8;
+      if (row >= work.key_limit || column >= p.head_dim) continue;
+      *reinterpret_cast<uint4*>(target + row * p.dv_strides.row + column) =
+          *reinterpret_cast<const uint4*>(&smem.dv.at(row, column));
+    }
+  }
+  if (!work.wants_dk) return;
+  const Rows<Element> k = key_operand<Element>(p, work.index);
+  const int64_t row0 = work.index.first_row(p.b1, p.kv_heads, p.num_keys) + work.key0;
+  const uint8_t* mask = mask_row(p, work.index);
+  ProjectedRows rows = {};
+  rows.x = k.base + work.key0 * k.stride, rows.x_stride = k.stride;
+  rows.rnorm = p.l2norm_qk ? p.k_rnorm + row0 * p.groups : nullptr;
+  rows.folded = norm_is_folded(p);
+  rows.target = static_cast<Element*>(p.dk) + work.index.offset(p.dk_strides) + work.key0 * p.dk_strides.row;
+  rows.target_stride = p.dk_strides.row;
+  rows.scale = scale_in_rows(p) ? 1.0f : head_scale(p, work.index.head * work.group);
+  rows.num_rows = work.key_limit, rows.head_dim = p.head_dim, rows.groups = p.groups;
+  rows.visible = mask == nullptr ? nullptr : mask + work.key0 * p.mask_key, rows.visible_stride = p.mask_key;
+  project_rows<Element, Config::kHeadDim, Config::kBlockK, Config::kThreads>(smem.dk, kDkStride, rows);
+}
+
+// dv += P^T dO and dk += dS'^T Q over the queries of the parts that other warps of the same keys computed.
+template <class Config>
+__device__ __forceinline__ void accumulate_other_parts(const typename DkDvStorage<Config>::Loop& smem, int stage,
+                                                       float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                                       float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                                       bool wants_dk, bool wants_dv, int first_key, int own_part) {
+  using Element = typename Config::Element;
+  using Storage = DkDvStorage<Config>;
+#pragma unroll 1
+  for (int i = 1; i < Config::kSplit; ++i) {
+    const int part = (own_part + i) % Config::kSplit, row = part * Config::kPartQ;
+    uint32_t fragment[Config::kKeyTiles][4];
+    if (wants_dv) {
+      const RowsReader<typename Storage::ScoreTile> p(smem.p, first_key, row / 8);
+      const RowsReader<typename Storage::QueryTile> dout(smem.dout[stage], row, 2 * own_part);
+#pragma unroll
+      for (int query = 0; query < Config::kPartQ; query += 16) {
+#pragma unroll
+        for (int m = 0; m < Config::kKeyTiles; ++m) p.load(fragment[m], 16 * m, query / 8);
+        multiply_step<Element, Config::kSplit>(dv, fragment, dout, query);
+      }
+    }
+    if (wants_dk) {
+      const RowsReader<typename Storage::ScoreTile> ds(smem.ds, first_key, row / 8);
+      const RowsReader<typename Storage::QueryTile> q(smem.q[stage], row, 2 * own_part);
+#pragma unroll
+      for (int query = 0; query < Config::kPartQ; query += 16) {
+#pragma unroll
+        for (int m = 0; m < Config::kKeyTiles; ++m) ds.load(fragment[m], 16 * m, query / 8);
+        multiply_step<Element, Config::kSplit>(dk, fragment, q, query);
+      }
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    backward_dkdv_kernel(const __grid_constant__ BackwardParams params) {
+  using Element = typename Config::Element;
+  using Storage = DkDvStorage<Config>;
+  constexpr int kColumns = 2 * Config::kColumnPairs, kScoreTiles = Config::kChunkQ / 8;
+  extern __shared__ __align__(128) char shared_memory[];
+  Storage& storage = *reinterpret_cast<Storage*>(shared_memory);
+  typename Storage::Loop& smem = storage.loop;
+
+  const DkDvWork<Config> work(params, blockIdx.x);
+  const int part = threadIdx.x / 32 / Config::kKeyWarps;
+  const int first_key = threadIdx.x / 32 % Config::kKeyWarps * Config::kKeysPerWarp;
+  const int num_steps = work.num_q_blocks * work.group;
+
+  QueryStep next = work.first();
+  if (num_steps > 0) {
+    load_keys<Config>(smem, params, work);
+    load_queries<Config>(smem, params, work, next, 0);
+    load_query_rows<Config>(smem, params, work, next);
+  }
+  ptx::cp_async_commit();
+  const ThreadKeys<Config> keys(params, work, first_key);
+  const RowsReader<typename Storage::KeyTile> k(smem.k, first_key, 0), v(smem.v, first_key, 0);
+  float dk[Config::kKeyTiles][kColumns][4], dv[Config::kKeyTiles][kColumns][4];
+  set_zero(dk);
+  set_zero(dv);
+
+#pragma unroll 1
+  for (int step_idx = 0; step_idx < num_steps; ++step_idx) {
+    const QueryStep step = next;
+    const int stage = step_idx % Config::kStages;
+    const bool is_last = step_idx + 1 == num_steps;
+    next = work.after(step);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this step's tiles are there; nobody reads those of the step before, nor its dS
+    if (Config::kStages > 1 && !is_last) load_queries<Config>(smem, params, work, next, stage ^ 1);
+
+    const TileIndex head = work.query_head(step);
+    const int query0 = step.q_block * Config::kBlockQ;
+    const bool on_diagonal =
+        params.causal && work.key0 + Config::kBlockK - 1 > query0 + params.num_keys - params.num_queries;
+    const bool has_hidden = on_diagonal || !keys.all_visible();
+    const bool wants_dk = work.wants_dk && head_scale(params, head.head) != 0.0f;
+    const BiasReader<Element> bias(params, head);
+#pragma unroll 1
+    for (int row = part * Config::kPartQ; row < (part + 1) * Config::kPartQ; row += Config::kChunkQ) {
+      float s[Config::kKeyTiles][kScoreTiles][4], dp[Config::kKeyTiles][kScoreTiles][4];
+      uint32_t operand[kScoreTiles / 2][Config::kKeyTiles][4];
+      set_zero(s);
+      multiply_rows<Element, Config::kHeadDim>(s, k, ChunksReader<typename Storage::QueryTile>(smem.q[stage], row, 0));
+      exponentiate<Config>(s, params, keys, smem.query_rows + row, has_hidden, bias, query0 + row,
+                           work.key0 + first_key);
+      to_operand<Element>(operand, s);
+      if constexpr (Config::kSplit > 1) store_operand(smem.p, operand, first_key, row);
+      if (work.wants_dv) {
+        const RowsReader<typename Storage::QueryTile> dout(smem.dout[stage], row, 2 * part);
+#pragma unroll
+        for (int i = 0; i < kScoreTiles / 2; ++i) multiply_step<Element, Config::kSplit>(dv, operand[i], dout, 16 * i);
+      }
+      if (!wants_dk && !work.wants_dq) continue;
+
+      set_zero(dp);
+      multiply_rows<Element, Config::kHeadDim>(dp, v,
+                                               ChunksReader<typename Storage::QueryTile>(smem.dout[stage], row, 0));
+      differentiate<Config>(dp, s, keys, smem.query_rows + row);
+      to_operand<Element>(operand, dp);
+      store_operand(smem.ds, operand, first_key, row);
+      if (wants_dk) {
+        const RowsReader<typename Storage::QueryTile> q(smem.q[stage], row, 2 * part);
+#pragma unroll
+        for (int i = 0; i < kScoreTiles / 2; ++i) multiply_step<Element, Config::kSplit>(dk, operand[i], q, 16 * i);
+      }
+    }
+
+    __syncthreads();  // P and dS' of all warps are there; nobody reads the row records any more
+    if (!is_last) load_query_rows<Config>(smem, params, work, next);
+    if constexpr (Config::kSplit > 1) {
+      accumulate_other_parts<Config>(smem, stage, dk, dv, wants_dk, work.wants_dv, first_key, part);
+    }
+    if constexpr (Config::kStages == 1) {
+      __syncthreads();  // nobody reads q and dout any more
+      if (!is_last) load_queries<Config>(smem, params, work, next, 0);
+    }
+    ptx::cp_async_commit();
+    if (work.wants_dq) accumulate_dq<Config>(smem, dq_accum_block<Config>(params, head, step.q_block));
+  }
+  __syncthreads();
+  write_dk_dv<Config>(storage.epilogue, params, work, dk, dv, first_key, part);
+}
+
+}  // namespace fcsa::sm80

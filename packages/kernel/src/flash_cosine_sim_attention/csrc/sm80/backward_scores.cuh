@@ -1,0 +1,109 @@
+// dS of 64 queries x kKeys keys, recomputed: what the deterministic dq kernel and the bias gradient are made of.
+// Four warps, 16 queries each; rows are queries here, columns keys.
+#pragma once
+
+#include "backward_tiles.cuh"
+#include "backward_traits.cuh"
+
+namespace fcsa::sm80 {
+
+template <class Traits>
+struct ScoreBlock {
+  using Element = typename Traits::Element;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kThreads = 128;
+  static constexpr int kQueries = 64;
+  static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;  // all four tiles in 99 KB
+  static constexpr int kN = kKeys / 8;
+  using QueryTile = SmemTile<Element, kQueries, kHeadDim>;
+  using KeyTile = SmemTile<Element, kKeys, kHeadDim>;
+
+  struct KeyColumn {
+    float factor;    // k_rnorm where the norm is folded, else 1; 0 where hidden
+    uint32_t visible;
+  };
+  struct Smem {
+    QueryTile q, dout;
+    KeyTile k, v;
+    float4 query_rows[kQueries];
+    KeyColumn keys[kKeys];
+  };
+
+  // With cp.async (not committed).
+  static __device__ __forceinline__ void load_queries(Smem& smem, const BackwardParams& p, const TileIndex& head,
+                                                      int query0) {
+    const Rows<Element> q = query_operand<Element>(p, head);
+    copy_tile_async<kThreads>(smem.q, q.base + query0 * q.stride, q.stride, p.num_queries - query0, p.head_dim);
+    const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
+    copy_tile_async<kThreads>(smem.dout, dout + query0 * p.dout_strides.row, p.dout_strides.row,
+                              p.num_queries - query0, p.head_dim);
+    const int64_t row = head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0;
+    copy_query_rows_async(smem.query_rows, p.query_rows + row);
+  }
+
+  static __device__ __forceinline__ void load_keys(Smem& smem, const BackwardParams& p, const TileIndex& kv_head,
+                                                   int key0) {
+    const Rows<Element> k = key_operand<Element>(p, kv_head);
+    const Element* v = static_cast<const Element*>(p.v) + kv_head.offset(p.v_strides);
+    const int num_keys = p.num_keys - key0;
+    const uint8_t* mask = mask_row(p, kv_head);
+    if (mask != nullptr) mask += key0 * p.mask_key;
+    copy_keys_async<kThreads>(smem.k, k.base + key0 * k.stride, k.stride, num_keys, p.head_dim, mask, p.mask_key);
+    copy_keys_async<kThreads>(smem.v, v + key0 * p.v_strides.row, p.v_strides.row, num_keys, p.head_dim, mask,
+                              p.mask_key);
+    if (threadIdx.x >= kKeys) return;
+    const int key = threadIdx.x;
+    const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
+    const bool folded = Traits::kFoldsNorm && norm_is_folded(p);
+    const int64_t row = kv_head.first_row(p.b1, p.kv_heads, p.num_keys) + key0 + key;
+    smem.keys[key] = {!visible ? 0.0f : folded ? p.k_rnorm[row] : 1.0f, visible};
+  }
+
+  // p_ij (dp_ij gradient_i + offset_i): the row factors of QueryRow are in it, those of the keys are not.
+  static __device__ __forceinline__ void compute_ds(float (&ds)[1][kN][4], const Smem& smem, const BackwardParams& p,
+                                                    const TileIndex& head, int query0, int key0) {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+    float s[1][kN][4];
+    set_zero(s);
+    multiply_rows<Element, kHeadDim>(s, RowsReader<QueryTile>(smem.q, first_row, 0), ChunksReader<KeyTile>(smem.k, 0, 0));
+    set_zero(ds);
+    multiply_rows<Element, kHeadDim>(ds, RowsReader<QueryTile>(smem.dout, first_row, 0),
+                                     ChunksReader<KeyTile>(smem.v, 0, 0));
+    const BiasReader<Element> bias(p, head);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 8 * half + lane / 4;
+      const float4 factors = smem.query_rows[row];  // score, shift, gradient, offset
+      const int last_key = p.causal ? query0 + row + p.num_keys - p.num_queries : p.num_keys;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int column = 8 * n + lane % 4 * 2 + c, key = key0 + column;
+          float shift = factors.y;
+          if constexpr (Traits::kHasBias) shift += bias(query0 + row, key);
+          const float score = s[0][n][2 * half + c] * smem.keys[column].factor;
+          const bool visible = smem.keys[column].visible && key <= last_key;
+          const float probability = visible ? ptx::exp2_approx(fmaf(score, factors.x, shift)) : 0.0f;
+          float& x = ds[0][n][2 * half + c];
+          x = probability * fmaf(x, factors.z, factors.w);
+        }
+      }
+    }
+  }
+
+  // Key blocks that some of kQueries queries from query0 on can see: [0, this).
+  static __device__ __forceinline__ int num_key_blocks(const BackwardParams& p, int query0) {
+    const int last_query = min(query0 + kQueries, p.num_queries) - 1;
+    const int num_keys = p.causal ? min(p.num_keys, last_query + p.num_keys - p.num_queries + 1) : p.num_keys;
+    return num_keys <= 0 ? 0 : ceil_div(num_keys, kKeys);
+  }
+};
+
+__device__ __forceinline__ TileIndex kv_head_of(const Problem& p, const TileIndex& head) {
+  TileIndex result = head;
+  result.head = head.head / (p.heads / p.kv_heads);
+  return result;
+}
+
+}  // namespace fcsa::sm80
