@@ -1,0 +1,1 @@
+"""What every experiment shares: configuration, data, model, the one train loop, metrics, plots."""
