@@ -93,14 +93,17 @@ def test_autocast_and_mixed_dtypes_give_one_dtype():
         torch.testing.assert_close(out.double(), expected, atol=0.03, rtol=0)
 
 
-def test_large_logits_without_a_bound():
-    """rms norms and learned factors carry |q| far from 1: exp must not overflow."""
-    attention = Attention(dim=32, heads=2, dim_head=16, qk_norm=True, qk_norm_scale=10.0, qk_rmsnorm=True)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 10.0), (torch.float64, 1e-3), (torch.float16, 0.5)])
+def test_large_logits_without_a_bound(dtype, scale):
+    """rms norms and learned factors carry |q| far from 1: exp must not overflow, and no bit is lost on the way."""
+    attention = Attention(dim=32, heads=2, dim_head=16, qk_norm=True, qk_norm_scale=scale, qk_rmsnorm=True)
     attention.q_rmsnorm.gamma.data.fill_(20.0)
-    x = random(2, 9, 32)
+    attention.to(dtype)
+    x = random(2, 9, 32).to(dtype)
     expected = attention(x)
     enable(attention)
-    torch.testing.assert_close(attention(x), expected, atol=1e-4, rtol=1e-4)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(attention(x), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["qk_similarities", "pre_softmax_attn", "post_softmax_attn"])

@@ -108,7 +108,9 @@ EXAMPLES: dict[str, list[Example]] = {
     "attn_qk_norm_groups": each("attn_qk_norm_groups", 2, 4),
     "attn_qk_norm_scale before x-transformers 2.26": [Example(prepare=forget_unit_norm)],
     "attn_qk_norm_dim_scale": layer(attn_qk_norm=True, attn_qk_norm_dim_scale=True),
-    "attn_qk_rmsnorm | attn_k_rmsnorm": [*layer(attn_qk_rmsnorm=True), *layer(attn_k_rmsnorm=True)],
+    "attn_qk_rmsnorm | attn_k_rmsnorm": [
+        Example({name: True, "attn_qk_norm_scale": 1.0}) for name in ("attn_qk_rmsnorm", "attn_k_rmsnorm")
+    ],
     "attend.scale": set_on_attend("scale", torch.tensor(6.0)),
     "attn_kv_heads": each("attn_kv_heads", 2),
     "attn_one_kv_head": layer(attn_one_kv_head=True),

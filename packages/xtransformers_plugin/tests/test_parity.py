@@ -40,10 +40,8 @@ def test_positions_heads_memories_and_key_masks(options, causal, language_model,
     check(model, lambda m: random_loss(m, ids, mask=mask, rows=mask))
 
 
-@pytest.mark.parametrize("options", POSITIONS, ids=str)
+@pytest.mark.parametrize("options", POSITIONS[:3], ids=str)  # stock flash takes no learned bias
 def test_stock_flash_agrees_where_it_serves(options, language_model, ids):
-    if options.keys() & {"rel_pos_bias", "dynamic_pos_bias"}:
-        pytest.skip("stock flash takes no learned bias")
     check(language_model(**native(attn_flash=True, attn_kv_heads=2, **options)), lambda m: random_loss(m, ids))
 
 
@@ -191,5 +189,5 @@ def test_the_bound_comes_from_the_model(language_model, ids, monkeypatch):
         model(ids)
     if seam.queries_arrive_unit():
         assert seen == [(3.0, 4, False)] * 2
-    else:  # no bound: a tensor says so, and the kernel tracks a maximum
-        assert all(isinstance(scale, torch.Tensor) for scale, _, _ in seen)
+    else:  # no bound is known: one is claimed that no fixed shift can serve
+        assert all(scale * groups >= 1024 for scale, groups, _ in seen)

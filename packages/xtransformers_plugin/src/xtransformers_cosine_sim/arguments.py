@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from flash_cosine_sim_attention import flash_cosine_sim_attention
@@ -35,15 +37,14 @@ def fused_attention(
         k, v, mask, bias = _pad_zero_key(k, v, mask, bias)
     key_mask, pair_mask = _split_mask(mask)
     bias = _merge_into_bias(bias, pair_mask, q.dtype)
-    # a scale that is not known on the host has no bound either: the kernel tracks a maximum
-    known_scale = scale if bounded else torch.full((1,), scale, device=q.device, dtype=torch.float32)
-
+    if not bounded:
+        q, scale = _claim_a_large_bound(q, scale, groups)
     heads, kv_heads = q.shape[1], k.shape[1]
     tiled = 1 < kv_heads < heads
     if tiled:
         q, k, v, key_mask, bias = _tiled_heads_to_batch(q, k, v, key_mask, bias)
     out = flash_cosine_sim_attention(
-        q, k, v, key_mask, bias, known_scale, groups, causal, l2norm_qk, backend=backend
+        q, k, v, key_mask, bias, scale, groups, causal, l2norm_qk, backend=backend
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).flatten(1, 2) if tiled else out
@@ -54,6 +55,19 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     device_type = q.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else v.dtype
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _claim_a_large_bound(q: Tensor, scale: float, groups: int) -> tuple[Tensor, float]:
+    """q and k of unknown norm: a power of two moves from q to the scale, beyond the bound of any fixed shift.
+
+    The kernel then tracks a maximum, with which the bound is not needed. The power of two rounds nothing, except for
+    entries of float16 that become subnormal, hence its smaller one.
+    """
+    if scale == 0:
+        return q, scale
+    claim = 128.0 if q.dtype == torch.float16 else 1024.0  # fixed shifts end at 10 and 70, at 600 for float64
+    factor = 2.0 ** max(0, math.ceil(math.log2(claim / (abs(scale) * groups))))
+    return q / factor, scale * factor
 
 
 def _pad_zero_key(

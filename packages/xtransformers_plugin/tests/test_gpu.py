@@ -1,0 +1,94 @@
+"""On a GPU: the CUDA kernels behind the plugin, autocast, generation, the whole model compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+from xtransformers_cosine_sim import counters, disable, enable
+from xtransformers_cosine_sim.testing import difference, random_loss, run
+
+pytestmark = pytest.mark.gpu
+
+OPTIONS = [
+    {"rotary_pos_emb": True},
+    {"alibi_pos_bias": True},
+    {"rel_pos_bias": True, "attn_kv_heads": 2},
+    {"dynamic_pos_bias": True},
+    {"attn_data_dependent_alibi": True},
+    {"rotary_pos_emb": True, "attn_kv_heads": 2, "attn_num_mem_kv": 3},
+    {"attn_qk_norm_groups": 4, "attn_one_kv_head": True},
+    {"attn_qk_norm_dim_scale": True},
+    {"attn_max_attend_past": 70, "attn_add_zero_kv": True},
+]
+
+
+def build(**options: object) -> TransformerWrapper:
+    torch.manual_seed(0)
+    options = {"attn_qk_norm": True, "attn_qk_norm_scale": 4.0, "attn_dim_head": 64, "verbose": False} | options
+    stack = Decoder(dim=128, depth=2, heads=4, **options)
+    return TransformerWrapper(num_tokens=40, max_seq_len=300, attn_layers=stack).cuda()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 40, (2, 200), device="cuda")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_as_close_to_float32_as_stock(options, dtype, ids):
+    model = build(**options)
+    mask = torch.arange(200, device="cuda") < torch.tensor([[200], [151]], device="cuda")
+
+    def call(m, half=True):
+        with torch.autocast("cuda", dtype=dtype, enabled=half):
+            return random_loss(m, ids, mask=mask, rows=mask)
+
+    exact = run(model, lambda m: call(m, half=False))
+    stock_error = difference(run(model, call), exact)
+    enable(model)
+    fused_error = difference(run(model, call), exact)
+    assert (counters(model).fused, counters(model).stock) == (2, 0)
+    assert fused_error.loss <= 2 * stock_error.loss + 2e-3
+    assert fused_error.gradient <= 2 * stock_error.gradient + 2e-3
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_generation_cached_equals_uncached(options, ids):
+    model = AutoregressiveWrapper(build(**options)).eval()
+    enable(model)
+    tokens = [model.generate(ids[:, :50], 20, temperature=0.0, cache_kv=cache_kv) for cache_kv in (False, True)]
+    disable(model)
+    stock = model.generate(ids[:, :50], 20, temperature=0.0, cache_kv=True)
+    assert torch.equal(tokens[0], stock)
+    assert torch.equal(tokens[1], stock)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True}, {"rel_pos_bias": True, "attn_kv_heads": 2}], ids=str)
+def test_whole_model_compiled(options, ids):
+    model = build(**options)
+
+    def call(m):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return random_loss(m, ids)
+
+    enable(model)
+    eager = run(model, call)
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        assert difference(run(model, lambda _: call(compiled)), eager).within(5e-3)
+    assert (counters(model).fused, counters(model).stock) == (6, 0)
+
+
+def test_long_sequences_need_no_matrix():
+    model = build(rotary_pos_emb=True)
+    model.max_seq_len = 16384
+    enable(model)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(1, 16384, 128, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model.attn_layers(x).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 16384**2 * 2  # less than one head's matrix of one layer in half precision
