@@ -20,10 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accuracy import Setting, assert_within_budget, error_budget, largest_norm, rounding_floors, smallest_norm
 from .attention import flash_cosine_sim_attention
 from .ops import empty_gradients, empty_outputs
 from .problem import Gradients, Outputs, Problem, canonicalize
 from .reference import plain_cosine_sim_attention
+
+__all__ = [
+    "Inputs",
+    "assert_close_to_reference",
+    "assert_within_budget",
+    "eager_cosine_sim_attention",
+    "error_budget",
+    "evaluate",
+    "make_inputs",
+    "poison",
+    "poisoned_gradients",
+    "poisoned_outputs",
+    "random_upstream",
+]
 
 AttentionFunction = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
 
@@ -199,21 +214,6 @@ def evaluate(
     return results | {"d" + name: gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def error_budget(reference: Tensor, baseline: Tensor, floor: float = 0.0) -> float:
-    """The largest absolute error that is allowed against a float64 reference.
-
-    2 x the largest error of `baseline`, an eager computation in the dtype under test, + 2 x the rounding of the
-    reference's largest value to that dtype, + `floor`. Entries that are not finite in the reference are left out.
-    """
-    finite = reference.isfinite()
-    if not bool(finite.any()):
-        return floor
-    reference, own = reference[finite], baseline.view_as(reference)[finite]
-    rounding = float(reference.abs().max()) * torch.finfo(baseline.dtype).eps / 2
-    error = float((own.double() - reference.double()).abs().max())
-    return 2 * (error if math.isfinite(error) else 0.0) + 2 * rounding + floor
-
-
 def assert_close_to_reference(
     inputs: Inputs,
     function: AttentionFunction = flash_cosine_sim_attention,
@@ -230,60 +230,33 @@ def assert_close_to_reference(
     dout, dlse = random_upstream(inputs, seed)
     upstream = (dout, dlse if lse else None)
     actual = evaluate(function, inputs, *upstream, **options)
-    exact = evaluate(plain_cosine_sim_attention, inputs.to(torch.float64), *upstream)
+    exact = evaluate(
+        plain_cosine_sim_attention, inputs.to(torch.float64), dout, dlse if lse else torch.zeros_like(dlse)
+    )
     baseline = evaluate(eager_cosine_sim_attention, inputs, *upstream)
-    floors = _cancellation_floors(inputs, *upstream)
+    floors = rounding_floors(inputs.q.dtype, _setting(inputs), exact, *upstream)
     return {
-        name: assert_within_budget(name, actual[name], exact[name], baseline[name], floors.get(name, 0.0))
-        for name in exact
+        name: assert_within_budget(name, actual[name], exact[name], baseline[name], floors[name]) for name in actual
     }
-
-
-def assert_within_budget(name: str, actual: Tensor, reference: Tensor, baseline: Tensor, floor: float = 0.0) -> float:
-    """max|actual - reference| <= error_budget; infinities must agree, NaN never passes. -> largest error / budget."""
-    assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
-    assert not bool(actual.isnan().any()), f"{name}: {int(actual.isnan().sum())} NaN of {actual.numel()} values"
-    finite = reference.isfinite()
-    infinities_agree = torch.equal(actual[~finite].double(), reference[~finite].double())
-    assert infinities_agree, f"{name}: infinite values differ from those of the reference"
-    if not bool(finite.any()):
-        return 0.0
-    error = float((actual.double() - reference.double())[finite].abs().max())
-    budget = error_budget(reference, baseline, floor)
-    assert error <= budget, f"{name}: max|error| {error:.3e} exceeds the budget {budget:.3e}"
-    return error / budget if budget else 0.0
 
 
 def random_upstream(inputs: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Random gradients (of out, of lse), rounded to the dtype of q so that every arithmetic gets the same ones."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    shape, like = inputs.out_shape(), {"device": inputs.q.device, "dtype": inputs.q.dtype}
-    dout = torch.randn(*shape, generator=generator, device="cpu").to(**like)
-    return dout, torch.randn(*shape[:-1], generator=generator, device="cpu").to(**like)
+    dout = torch.randn(inputs.out_shape(), generator=generator, device="cpu")
+    dlse = torch.randn(inputs.out_shape()[:-1], generator=generator, device="cpu")
+    return dout.to(inputs.q.device, inputs.q.dtype), dlse.to(inputs.q.device, inputs.q.dtype)
 
 
-def _cancellation_floors(inputs: Inputs, dout: Tensor, dlse: Tensor | None) -> dict[str, float]:
-    """Rounding of the terms that cancel in dS_ij = P_ij (dout_i . v_j - dout_i . out_i), in the accumulator's dtype.
-
-    With one visible key, say, the true gradients of q, k, bias and scale are 0 and no relative budget can hold.
-    """
-    accumulator = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
-    values = inputs.v.double().nan_to_num(0, 0, 0)
-    term = _largest_norm(dout) * _largest_norm(values)
-    if dlse is not None and dlse.numel():
-        term += float(dlse.abs().max())
-    rounding = torch.finfo(accumulator).eps * term
+def _setting(inputs: Inputs) -> Setting:
+    """The magnitudes of `inputs` that rounding floors depend on."""
+    canonical = inputs.to(torch.float64).problem()
+    norms = [1.0, 1.0]
+    if inputs.l2norm_qk:
+        norms = [smallest_norm(x, inputs.groups) for x in (inputs.q, inputs.k)]
     scale = float(inputs.scale.abs().max()) if isinstance(inputs.scale, Tensor) else abs(inputs.scale)
-    floors = {"dattn_bias": rounding, "dscale": rounding * math.sqrt(dout.numel() / max(dout.shape[-1], 1))}
-    for name, x in (("dq", inputs.q), ("dk", inputs.k)):
-        norms = x.double().unflatten(-1, (inputs.groups, -1)).norm(dim=-1) if inputs.l2norm_qk else x.new_ones(1)
-        smallest = norms[norms > 0].nan_to_num(1.0, 1.0, 1.0)
-        floors[name] = rounding * scale / (float(smallest.min()) if smallest.numel() else 1.0)
-    return floors
-
-
-def _largest_norm(x: Tensor) -> float:
-    return float(x.double().norm(dim=-1).max()) if x.numel() else 0.0
+    numel = 0 if canonical.bias is None else canonical.bias.numel()
+    return Setting(scale, norms[0], norms[1], largest_norm(inputs.v), inputs.q.shape[-2], inputs.k.shape[-2], numel)
 
 
 def poison(*tensors: Tensor | None) -> None:

@@ -11,6 +11,7 @@ queries x `keys` keys of a box. Everything here is in the wide dtype (float32, f
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,15 @@ from torch import Tensor
 
 from .normalize import EPS
 from .problem import Outputs, Problem
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+
+MAX_FIXED_BOUND = {torch.float32: 60.0, torch.float64: 600.0}
+"""The largest B that needs no maximum. float32 is normal from e^-87.3 to e^88.7 (float64: e^-708 to e^709), and
+exp(s) lies in [e^-B, e^B]: at the worst case of all cosines at -1, or at 1, a factor of e^27 = 5e11 is left on either
+side for the number of keys and the size of the values. A shift m > 0 would move that room, not add to it."""
+
+Box = tuple[slice, slice, slice]  # of b0, b1, hk
 
 TILE = 256
 """Rows (query heads of the group included) and keys of a tile on a CPU: 256 x 256 float32 is a quarter of a typical
@@ -73,7 +83,7 @@ class Tiles:
     def of(cls, problem: Problem) -> Tiles:
         return cls(problem, Tiling.of(problem))
 
-    def boxes(self) -> Iterator[tuple[slice, slice, slice]]:
+    def boxes(self) -> Iterator[Box]:
         sizes = self.problem.k.shape[:3]
         return itertools.product(*(steps(size, step) for size, step in zip(sizes, self.tiling.box, strict=True)))
 
@@ -102,25 +112,25 @@ class Tiles:
         scale, kv_heads = self.problem.scale, self.problem.k.shape[2]
         return self.problem.scale_value if scale is None else scale.view(kv_heads, -1, 1, 1)
 
-    def scale_of(self, box: tuple[slice, slice, slice]) -> Tensor | float:
+    def scale_of(self, box: Box) -> Tensor | float:
         """A number, or (y, g, 1, 1)."""
         return self.scale[box[2]] if isinstance(self.scale, Tensor) else self.scale
 
-    def rows(self, x: Tensor, box: tuple[slice, slice, slice], rows: slice) -> Tensor:
+    def rows(self, x: Tensor, box: Box, rows: slice) -> Tensor:
         """x (b0, b1, h, i, ...) -> (x0, x1, y, g, r, ...), a view."""
         return self.by_kv_head(x)[*box, :, rows]
 
-    def unit_queries(self, outputs: Outputs, box: tuple[slice, slice, slice], rows: slice) -> Tensor:
+    def unit_queries(self, outputs: Outputs, box: Box, rows: slice) -> Tensor:
         """Normalised queries (x0, x1, y, g, r, d), with the factors of `outputs.q_rnorm`."""
         q = self.rows(self.problem.q, box, rows).to(self.problem.wide_dtype)
         return times_rnorm(q, self.rows(outputs.q_rnorm, box, rows)) if self.problem.l2norm_qk else q
 
-    def unit_keys(self, outputs: Outputs, box: tuple[slice, slice, slice], keys: slice) -> Tensor:
+    def unit_keys(self, outputs: Outputs, box: Box, keys: slice) -> Tensor:
         """Normalised keys (n, c, d), with the factors of `outputs.k_rnorm`; masked ones are 0."""
         k = self.keys(self.problem.k, box, keys)
         return (times_rnorm(k, outputs.k_rnorm[*box, keys]) if self.problem.l2norm_qk else k).flatten(0, 2)
 
-    def values(self, box: tuple[slice, slice, slice], keys: slice) -> Tensor:
+    def values(self, box: Box, keys: slice) -> Tensor:
         """[v, 1] (n, c, dv + 1), masked rows all 0: the last column makes the row sums, without the masked keys."""
         return self.hide_keys(
             torch.nn.functional.pad(self.problem.v[*box, keys].to(self.problem.wide_dtype), (0, 1), value=1.0),
@@ -128,17 +138,17 @@ class Tiles:
             keys,
         ).flatten(0, 2)
 
-    def keys(self, x: Tensor, box: tuple[slice, slice, slice], keys: slice) -> Tensor:
+    def keys(self, x: Tensor, box: Box, keys: slice) -> Tensor:
         """x (b0, b1, hk, j, d) -> (x0, x1, y, c, d); masked rows are 0, whatever they held."""
         return self.hide_keys(x[*box, keys].to(self.problem.wide_dtype), box, keys)
 
-    def hide_keys(self, x: Tensor, box: tuple[slice, slice, slice], keys: slice) -> Tensor:
+    def hide_keys(self, x: Tensor, box: Box, keys: slice) -> Tensor:
         """x (x0, x1, y, c, ...) with rows of masked keys set to 0."""
         if self.problem.mask is None:
             return x
         return torch.where(broadcast_slice(self.problem.mask, (*box[:2], keys))[:, :, None, :, None], x, 0.0)
 
-    def hidden_by_mask(self, box: tuple[slice, slice, slice], keys: slice) -> Tensor | None:
+    def hidden_by_mask(self, box: Box, keys: slice) -> Tensor | None:
         """bool (x0 | 1, x1 | 1, 1, 1, 1, c), True = hidden."""
         if self.problem.mask is None:
             return None
@@ -158,6 +168,83 @@ class Tiles:
     @property
     def offset(self) -> int:
         return self.problem.k.shape[3] - self.problem.q.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChunk:
+    """One step of keys of a box, in the wide dtype, read once and used for every step of queries."""
+
+    keys: slice
+    unit: Tensor  # (n, c, d) normalised; masked rows 0
+    values: Tensor  # (n, c, dv + 1): [v, 1]; masked rows 0
+    hidden: Tensor | None  # bool (x0 | 1, x1 | 1, 1, 1, 1, c), where scores have to be hidden one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What every tile of one forward or backward shares."""
+
+    tiles: Tiles
+    outputs: Outputs
+    is_bounded: bool  # exp(s) cannot overflow or vanish: nothing is subtracted, and masked keys need no -inf
+    buffers: tuple[Tensor, Tensor]  # for the scores of a tile and their gradient
+
+    @classmethod
+    def of(cls, problem: Problem, outputs: Outputs) -> Pass:
+        tiles = Tiles.of(problem)
+        x0, x1, y = tiles.tiling.box
+        group = problem.q.shape[2] // max(problem.k.shape[2], 1)
+        shape = (2, x0 * x1 * y * group * tiles.tiling.rows * tiles.tiling.keys)
+        buffers = problem.q.new_empty(shape, dtype=problem.wide_dtype).unbind()
+        is_bounded = problem.bias is None and _bound(problem) <= MAX_FIXED_BOUND[problem.wide_dtype]
+        return cls(tiles, outputs, is_bounded, (buffers[0], buffers[1]))
+
+    def key_chunks(self, box: Box) -> list[KeyChunk]:
+        tiles = self.tiles
+        return [
+            KeyChunk(
+                keys,
+                tiles.unit_keys(self.outputs, box, keys),
+                tiles.values(box, keys),
+                None if self.is_bounded else tiles.hidden_by_mask(box, keys),
+            )
+            for keys in tiles.key_steps()
+        ]
+
+    def product(self, index: int, left: Tensor, right: Tensor) -> Tensor:
+        """left (n, g * r, e) times right (n, c, e) transposed, into a buffer -> (n, g * r, c)"""
+        shape = (*left.shape[:2], right.shape[1])
+        return torch.bmm(left, right.mT, out=self.buffers[index][: math.prod(shape)].view(shape))
+
+    def scores(self, box: Box, rows: slice, chunk: KeyChunk, queries: Tensor) -> Tensor:
+        """queries (n, g * r, d), times scale log2(e) -> s' (n, g * r, c), in a buffer; -inf where hidden."""
+        scores = self.product(0, queries, chunk.unit)
+        tile = self.as_tile(scores, box, rows)
+        if self.tiles.bias is not None:
+            tile.add_(broadcast_slice(self.tiles.bias, (*box, slice(None), rows, chunk.keys)), alpha=LOG2_E)
+        if chunk.hidden is not None:
+            tile.masked_fill_(chunk.hidden, -math.inf)
+        hidden = self.tiles.hidden_by_causality(rows, chunk.keys)
+        if hidden is not None:
+            tile.masked_fill_(hidden, -math.inf)
+        return scores
+
+    def as_tile(self, x: Tensor, box: Box, rows: slice) -> Tensor:
+        """x (n, g * r, ...) -> (x0, x1, y, g, r, ...), a view of a contiguous tensor."""
+        sizes = (part.stop - part.start for part in box)
+        group = self.tiles.problem.q.shape[2] // self.tiles.problem.k.shape[2]
+        return x.view(*sizes, group, rows.stop - rows.start, *x.shape[2:])
+
+    def visible(self, rows: slice, chunks: list[KeyChunk]) -> list[int]:
+        """Indices of the chunks that causality does not hide from all the rows."""
+        return [index for index, chunk in enumerate(chunks) if not self.tiles.is_hidden(rows, chunk.keys)]
+
+
+def _bound(problem: Problem) -> float:
+    """problem.bound, and on a CPU that of a learned scale too: reading it there waits for nothing."""
+    if problem.scale is not None and problem.q.device.type == "cpu" and problem.scale.numel():
+        return float(problem.scale.abs().max()) * problem.groups
+    return problem.bound
 
 
 def broadcast_slice(x: Tensor, slices: tuple[slice, ...]) -> Tensor:
