@@ -65,7 +65,7 @@ class CudaKernels:
         launcher = self._launcher("forward", problem)
         if launcher is None:
             chunked.forward(problem, outputs)
-        elif problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+        elif problem.q.numel() == 0 or problem.k.numel() == 0:
             empty_forward(outputs)
         else:
             launch_forward(launcher, problem, outputs)
@@ -76,7 +76,7 @@ class CudaKernels:
         launcher = self._launcher("backward", problem)
         if launcher is None:
             chunked.backward(problem, outputs, dout, dlse, gradients)
-        elif problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+        elif problem.q.numel() == 0 or problem.k.numel() == 0:
             empty_backward(gradients)
         else:
             launch_backward(launcher, problem, outputs, dout, dlse, gradients)
@@ -97,7 +97,8 @@ class CudaKernels:
     def _resolve(self, pass_name: str, problem: Problem, feature: str) -> int | str:
         """The address of the launcher, compiled if need be; or why there is none."""
         capability = capability_of(problem.q.device)
-        head_dim = kernel_width(problem.q.shape[-1], problem.v.shape[-1], problem.groups)
+        d, dv = problem.q.shape[-1], problem.v.shape[-1]
+        head_dim = kernel_width(d, dv, problem.groups) if d else 0
         reason = None
         for arch in (self.arch,) if self.arch is not None else ("sm90", "sm80"):
             reason = refusal(arch, capability, problem.q.dtype, head_dim)
