@@ -110,7 +110,19 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line sets."""
     known = {spec.name for spec in fields(RunConfig)}
     values = {name: value for name, value in vars(arguments).items() if name in known}
-    return require_cuda_kernel(values) if arguments.use_cuda_kernel else values
+    if arguments.use_cuda_kernel:
+        return require_cuda_kernel(values)
+    require_device(values.get("device", "cpu"))
+    return values
+
+
+def require_device(device: str) -> None:
+    """RuntimeError if this machine or this build of PyTorch has no such device."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise RuntimeError(f"--device: expected cpu or cuda, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {device}: expected an NVIDIA GPU and a CUDA build of PyTorch, got none")
 
 
 def require_cuda_kernel(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .download import SOURCES, DataUnavailableError, cached
 from .stdlib_corpus import stdlib_text
 
 HELD_OUT_SHARE = 0.1
+ENWIK8_TRAIN, ENWIK8_VAL = 90_000_000, 5_000_000  # the usual split; the last five million bytes are for tests
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ def _read(path: Path) -> bytes:
 
 
 def _enwik8(path: Path) -> tuple[bytes, bytes]:
-    """The usual split: 90 million bytes to train, the next 5 million to validate (the last 5 are for tests)."""
     with zipfile.ZipFile(path) as archive:
         content = archive.read("enwik8")
-    return content[:90_000_000], content[90_000_000:95_000_000]
+    return content[:ENWIK8_TRAIN], content[ENWIK8_TRAIN : ENWIK8_TRAIN + ENWIK8_VAL]
 
 
 def _split(content: bytes) -> tuple[bytes, bytes]:
