@@ -31,27 +31,40 @@ def _command(words: Sequence[str | Path]) -> str:
     return " ".join(quoted).replace("$", "$$")
 
 
-def render(targets: Sequence[Target], toolchain: Toolchain, library: str | None = None, link: bool = True) -> str:
-    """The build file. Each target becomes <name>.so; with `library` all together become that; without `link` none do.
+_RULES = [
+    "ninja_required_version = 1.5",
+    "rule compile",
+    "  command = $compiler $flags $includes -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+    "  description = $name",
+    "rule link",
+    "  command = $linker $in -o $out $flags",
+    "  description = $name",
+]
 
-    Objects and the compiler's words (<name>.o.log: registers, shared memory and spills of each kernel) stay beside.
+
+def render(targets: Sequence[Target], toolchain: Toolchain, link: bool = True) -> str:
+    """The build file: each target becomes <name>.o, and with `link` <name>.so.
+
+    What the compiler says (registers, shared memory and spills of each kernel) stays beside, in <name>.o.log.
     """
-    lines = [
-        "ninja_required_version = 1.5",
-        "rule compile",
-        "  command = $compiler $flags $includes -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "  description = $name",
-        "rule link",
-        "  command = $linker $in -o $out $flags",
-        "  description = link $name",
-    ]
+    lines = list(_RULES)
     for target in targets:
         lines += _compile_edge(target, toolchain)
-        if link and library is None:
-            lines += _link_edge(f"{target.name}.so", [f"{target.name}.o"], target, toolchain)
-    if link and library is not None:
-        lines += _library_edge(library, targets, toolchain)
+        if link:
+            linker = toolchain.nvcc if target.language == "cuda" else toolchain.cxx
+            lines += _link_edge(f"{target.name}.so", [f"{target.name}.o"], linker, link_flags(target, toolchain))
     return "\n".join(lines) + "\n"
+
+
+def render_link(library: str, objects: Sequence[Path], toolchain: Toolchain) -> str:
+    """The build file that makes one library of objects of both languages: nvcc links, it knows the CUDA runtime."""
+    flags: list[str] = []
+    for language in ("cuda", "c++"):
+        for word in link_flags(Target("", language), toolchain):
+            own = f"-Xlinker={word.removeprefix('-Wl,')}" if word.startswith("-Wl,") else word
+            if own not in flags:
+                flags.append(own)
+    return "\n".join([*_RULES, *_link_edge(library, objects, toolchain.nvcc, flags)]) + "\n"
 
 
 def _compile_edge(target: Target, toolchain: Toolchain) -> list[str]:
@@ -66,48 +79,21 @@ def _compile_edge(target: Target, toolchain: Toolchain) -> list[str]:
     ]
 
 
-def _link_edge(output: str, objects: list[str], target: Target, toolchain: Toolchain) -> list[str]:
-    linker = toolchain.nvcc if target.language == "cuda" else toolchain.cxx
+def _link_edge(output: str, objects: Sequence[str | Path], linker: Path, flags: Sequence[str]) -> list[str]:
     return [
         f"build {escape(output)}: link {' '.join(map(escape, objects))}",
         f"  name = {output}",
         f"  linker = {_command([linker])}",
-        f"  flags = {_command(link_flags(target, toolchain))}",
-    ]
-
-
-def _library_edge(library: str, targets: Sequence[Target], toolchain: Toolchain) -> list[str]:
-    """Kernels and binding in one library: nvcc links (it knows the CUDA runtime), with the binding's libraries."""
-    objects = [f"{target.name}.o" for target in targets]
-    flags: list[str] = []
-    for target in {target.language: target for target in targets}.values():
-        words = link_flags(target, toolchain)
-        if target.language == "c++":
-            words = tuple(
-                f"-Xlinker={word.removeprefix('-Wl,')}" if word.startswith("-Wl,") else word for word in words
-            )
-        flags += [word for word in words if word not in flags]
-    return [
-        f"build {escape(library)}: link {' '.join(map(escape, objects))}",
-        f"  name = {library}",
-        f"  linker = {_command([toolchain.nvcc])}",
         f"  flags = {_command(flags)}",
     ]
 
 
-def write_build(
-    folder: Path, targets: Sequence[Target], toolchain: Toolchain, library: str | None = None, link: bool = True
-) -> None:
-    """The stubs and build.ninja; a stub whose text is unchanged keeps its time, so that ninja need not redo it."""
+def write_build(folder: Path, targets: Sequence[Target], toolchain: Toolchain, link: bool = True) -> None:
+    """The stubs and build.ninja."""
     for target in targets:
         if target.stub is not None:
-            _write_if_changed(folder / target.file_name, target.stub)
-    _write_if_changed(folder / "build.ninja", render(targets, toolchain, library, link))
-
-
-def _write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
+            (folder / target.file_name).write_text(target.stub)
+    (folder / "build.ninja").write_text(render(targets, toolchain, link))
 
 
 def num_jobs() -> int:

@@ -54,8 +54,14 @@ class Target:
         return self.name + (".cu" if self.language == "cuda" else ".cpp")
 
 
+DEFAULT_ARCHS = ("80+", "90a")
+"""Of ahead-of-time builds: machine code for Ampere (Ada runs it too) and for Hopper, and PTX for what came later."""
+
+
 def variant_target(variant: Variant, archs: tuple[str, ...]) -> Target:
-    return Target(variant.name, "cuda", archs, stub=variant.source)
+    """Kernels of sm90 exist for Hopper's own instruction set only; for anything else their bodies would be empty."""
+    own = tuple(arch for arch in archs if arch == "90a") if variant.arch == "sm90" else archs
+    return Target(variant.name, "cuda", own, stub=variant.source)
 
 
 def binding_target() -> Target:
