@@ -1,0 +1,80 @@
+// Launcher of the Hopper forward: prologue (norm factors of the keys, or unit copies), tensor maps, main kernel.
+#pragma once
+
+#include "../norm/l2norm_forward.cuh"
+#include "forward_kernel.cuh"
+
+namespace fcsa::sm90 {
+
+// Keys and values of this many bytes stay in the 50 MB L2 cache while a section of heads is worked on.
+constexpr int64_t kSectionBytes = 32 << 20;
+
+template <class Traits>
+cudaError_t make_maps(ForwardMaps* maps, const ForwardParams& p) {
+  using Element = typename Traits::Element;
+  const int32_t q_sizes[5] = {p.b0, p.b1, p.heads, p.num_queries, p.head_dim};
+  const int32_t k_sizes[5] = {p.b0, p.b1, p.kv_heads, p.num_keys, p.head_dim};
+  const auto contiguous = [&](int64_t heads, int64_t rows) {
+    return Strides{p.b1 * heads * rows * p.head_dim, heads * rows * p.head_dim, rows * p.head_dim, p.head_dim};
+  };
+  const bool copies = p.q_unit != nullptr;
+  const Strides q_strides = copies ? contiguous(p.heads, p.num_queries) : p.q_strides;
+  const Strides k_strides = copies ? contiguous(p.kv_heads, p.num_keys) : p.k_strides;
+  cudaError_t error = make_tensor_map<Element>(&maps->q, copies ? p.q_unit : p.q, q_strides, q_sizes, Traits::kBlockM);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map<Element>(&maps->k, copies ? p.k_unit : p.k, k_strides, k_sizes, Traits::kBlockN);
+  if (error != cudaSuccess) return error;
+  return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, Traits::kBlockN);
+}
+
+template <class Traits>
+Schedule make_schedule(const ForwardParams& p) {
+  Schedule schedule;
+  schedule.num_blocks = ceil_div(p.num_queries, Traits::kBlockM);
+  schedule.num_heads = p.heads * p.b1 * p.b0;
+  const int64_t head_bytes = 2 * static_cast<int64_t>(p.num_keys) * p.head_dim * sizeof(typename Traits::Element);
+  const int64_t kv_heads_per_section = head_bytes == 0 ? 1 : kSectionBytes / head_bytes;
+  const int64_t heads = (kv_heads_per_section < 1 ? 1 : kv_heads_per_section) * (p.heads / p.kv_heads);
+  schedule.heads_per_section = heads < schedule.num_heads ? static_cast<int>(heads) : schedule.num_heads;
+  schedule.num_items = static_cast<int64_t>(schedule.num_blocks) * schedule.num_heads;
+  return schedule;
+}
+
+template <class Traits>
+cudaError_t launch_prologue(const ForwardParams& p, cudaStream_t stream) {
+  if (!p.l2norm_qk) return cudaSuccess;
+  using Element = typename Traits::Element;
+  if (p.q_unit != nullptr) {
+    const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_l2norm_forward<Element>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
+}
+
+template <class Traits>
+cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
+  static_assert(Traits::kSoftmax == Softmax::kBounded, "sm90 serves bounded logits; the sm80 kernels the rest");
+  cudaError_t error = launch_prologue<Traits>(p, stream);
+  if (error != cudaSuccess) return error;
+  ForwardMaps maps;
+  error = make_maps<Traits>(&maps, p);
+  if (error != cudaSuccess) return error;
+  const Schedule schedule = make_schedule<Traits>(p);
+  if (schedule.num_items == 0) return cudaSuccess;
+  if (schedule.num_items > INT32_MAX) return cudaErrorInvalidConfiguration;
+
+  int device = 0, processors = 0;
+  error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  constexpr int kBytes = sizeof(ForwardStorage<Traits>);
+  static_assert(kBytes <= 227 * 1024, "shared memory of a block on sm_90");
+  error = cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = static_cast<int>(schedule.num_items < processors ? schedule.num_items : processors);
+  forward_kernel<Traits><<<blocks, Traits::kThreads, kBytes, stream>>>(p, maps, schedule);
+  return cudaGetLastError();
+}
+
+}  // namespace fcsa::sm90

@@ -1,0 +1,43 @@
+// A kRows x kCols tile of 16-bit values in shared memory as TMA writes it and wgmma reads it: panels of 64 columns, each
+// row of a panel 128 bytes, its eight 16-byte chunks permuted by an XOR with row % 8 ("128-byte swizzle").
+#pragma once
+
+#include <cstdint>
+
+namespace fcsa::sm90 {
+
+template <class Element_, int kRows_, int kCols_>
+struct PanelTile {
+  using Element = Element_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kPanelCols = 64;
+  static constexpr int kPanels = (kCols + kPanelCols - 1) / kPanelCols;  // the last may be half empty (kCols = 96)
+  static constexpr int kPanelElements = kRows * kPanelCols;
+  static constexpr int kBytes = kPanels * kPanelElements * 2;
+  static_assert(sizeof(Element) == 2 && kRows % 8 == 0 && kCols % 32 == 0);
+
+  alignas(1024) Element data[kPanels * kPanelElements];
+
+  // wgmma operand stored [row][k]: 64 or more rows from `row`, 16 columns from `col`.
+  __device__ uint64_t descriptor(int row, int col) const {
+    const Element* start = data + col / kPanelCols * kPanelElements + row * kPanelCols + col % kPanelCols;
+    return make_descriptor(start, 1);
+  }
+
+  // wgmma operand stored [k][col]: 16 rows from `row`, all columns; panels lie kPanelElements apart.
+  __device__ uint64_t descriptor_transposed(int row) const {
+    return make_descriptor(data + row * kPanelCols, kPanelElements * 2 / 16);
+  }
+
+ private:
+  // Matrix descriptor of wgmma, in units of 16 bytes: start address; leading byte offset, the stride between panels of a
+  // transposed operand; stride byte offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle.
+  __device__ static uint64_t make_descriptor(const Element* start, uint64_t leading) {
+    const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(start)) >> 4;
+    constexpr uint64_t kEightRows = 8 * 128 / 16;
+    return address | leading << 16 | kEightRows << 32 | uint64_t{1} << 62;
+  }
+};
+
+}  // namespace fcsa::sm90

@@ -1,0 +1,20 @@
+// Tile sizes of the Hopper kernels. One block a multiprocessor: 227 KiB of shared memory and 64 K registers are its budget.
+#pragma once
+
+namespace fcsa::sm90 {
+
+// Queries of a block (64 for each consumer warpgroup), keys of a tile, stages of the K and V rings, registers a thread.
+struct ForwardTile {
+  int consumer_warpgroups, block_n, stages, consumer_registers, producer_registers;
+};
+
+template <int kHeadDim>
+constexpr ForwardTile forward_tile() {
+  // A consumer holds S (block_n / 2 registers), P (block_n / 4) and O (head_dim / 2).
+  if constexpr (kHeadDim <= 64) return {3, 128, 2, 160, 32};    // 64 + 32 + 32: three warpgroups hide the exponentials
+  if constexpr (kHeadDim <= 128) return {2, 128, 2, 240, 24};   // 64 + 32 + 64; 160 KiB
+  if constexpr (kHeadDim <= 192) return {2, 96, 2, 240, 24};    // 48 + 24 + 96; 192 KiB
+  return {2, 64, 2, 240, 24};                                   // 32 + 16 + 128; 192 KiB
+}
+
+}  // namespace fcsa::sm90

@@ -1,0 +1,123 @@
+// wgmma: D (64 x kN, float, in registers) += A (64 x 16) * B (16 x kN), issued by one warpgroup, asynchronous.
+//
+// A comes from shared memory or from registers, B from shared memory: as [n][k] rows (keys times head dim, for Q K^T) or,
+// transposed, as [k][n] rows (for P V). Of D, thread t of the warpgroup (warp w = t / 32, g = t % 32 / 4, c = t % 4) holds
+// in d[4 i + 0..1] row 16 w + g, columns 8 i + 2 c, + 1, and in d[4 i + 2..3] the same columns of row 16 w + g + 8.
+// The A fragment of four registers holds, in pairs of columns: row g, cols 2c; row g + 8; row g, cols 8 + 2c; row g + 8.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fcsa::sm90 {
+
+// Orders register accesses before the wgmma that follow; all warps of the warpgroup.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>  // returns when at most kPending committed groups are still under way
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Tells the compiler that asynchronous instructions write these registers until here.
+template <int kCount>
+__device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// clang-format off
+#define FCSA_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+                      "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FCSA_F16(d, i) FCSA_F8(d, i), FCSA_F8(d, i + 8)
+#define FCSA_F32(d, i) FCSA_F16(d, i), FCSA_F16(d, i + 16)
+#define FCSA_OPERANDS_64(d) FCSA_F32(d, 0)
+#define FCSA_OPERANDS_96(d) FCSA_F32(d, 0), FCSA_F16(d, 32)
+#define FCSA_OPERANDS_128(d) FCSA_F32(d, 0), FCSA_F32(d, 32)
+#define FCSA_OPERANDS_192(d) FCSA_F32(d, 0), FCSA_F32(d, 32), FCSA_F32(d, 64)
+#define FCSA_OPERANDS_256(d) FCSA_F32(d, 0), FCSA_F32(d, 32), FCSA_F32(d, 64), FCSA_F32(d, 96)
+#define FCSA_REGISTERS_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FCSA_REGISTERS_96 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FCSA_REGISTERS_128 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                          "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FCSA_REGISTERS_192 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                          "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+                          "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+                          "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FCSA_REGISTERS_256 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                          "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                          "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+                          "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+                          "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+                          "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+                          "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+// o0..: the numbers of the operands behind the accumulators.
+#define FCSA_WGMMA_SS(n, type, a_desc, b_desc, flag, transpose_b, o0, o1, o2)                                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FCSA_REGISTERS_##n "}, "        \
+               "%" #o0 ", %" #o1 ", p, 1, 1, 0, " transpose_b ";\n}"                                                \
+               : FCSA_OPERANDS_##n(d) : "l"(a_desc), "l"(b_desc), "r"(flag))
+#define FCSA_WGMMA_RS(n, type, a, b_desc, flag, transpose_b, o0, o1, o2, o3, o4, o5)                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FCSA_REGISTERS_##n "}, "        \
+               "{%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, " transpose_b ";\n}"                   \
+               : FCSA_OPERANDS_##n(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(flag))
+
+#define FCSA_DEFINE_WGMMA(n, o0, o1, o2, o3, o4, o5)                                                               \
+  template <class Element>                                                                                         \
+  __device__ __forceinline__ void wgmma_ss(float (&d)[n / 2], uint64_t a_desc, uint64_t b_desc, int accumulate) {  \
+    if constexpr (std::is_same_v<Element, __half>) {                                                               \
+      FCSA_WGMMA_SS(n, "f16", a_desc, b_desc, accumulate, "0", o0, o1, o2);                                        \
+    } else {                                                                                                       \
+      FCSA_WGMMA_SS(n, "bf16", a_desc, b_desc, accumulate, "0", o0, o1, o2);                                       \
+    }                                                                                                              \
+  }                                                                                                                \
+  template <class Element>                                                                                         \
+  __device__ __forceinline__ void wgmma_rs_transposed(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_desc,  \
+                                                      int accumulate) {                                            \
+    if constexpr (std::is_same_v<Element, __half>) {                                                               \
+      FCSA_WGMMA_RS(n, "f16", a, b_desc, accumulate, "1", o0, o1, o2, o3, o4, o5);                                 \
+    } else {                                                                                                       \
+      FCSA_WGMMA_RS(n, "bf16", a, b_desc, accumulate, "1", o0, o1, o2, o3, o4, o5);                                \
+    }                                                                                                              \
+  }
+
+FCSA_DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
+FCSA_DEFINE_WGMMA(96, 48, 49, 50, 51, 52, 53)
+FCSA_DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
+FCSA_DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
+FCSA_DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
+
+#undef FCSA_DEFINE_WGMMA
+#undef FCSA_WGMMA_RS
+#undef FCSA_WGMMA_SS
+#undef FCSA_REGISTERS_64
+#undef FCSA_OPERANDS_64
+#undef FCSA_REGISTERS_96
+#undef FCSA_OPERANDS_96
+#undef FCSA_REGISTERS_128
+#undef FCSA_OPERANDS_128
+#undef FCSA_REGISTERS_192
+#undef FCSA_OPERANDS_192
+#undef FCSA_REGISTERS_256
+#undef FCSA_OPERANDS_256
+#undef FCSA_F32
+#undef FCSA_F16
+#undef FCSA_F8
+// clang-format on
+
+}  // namespace fcsa::sm90
