@@ -1,0 +1,89 @@
+// The additive bias of one chunk of scores: read ahead of the products, added after them.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/softmax.cuh"
+#include "../common/tile_index.cuh"
+#include "../common/vectorized.cuh"
+
+namespace fcsa::sm80 {
+
+enum class Bias { kNone, kElement, kFloat32 };
+
+template <class Traits, Bias kBias>
+class BiasChunk {
+  using Value = std::conditional_t<kBias == Bias::kFloat32, float, typename Traits::Element>;
+  using Pair = std::conditional_t<kBias == Bias::kFloat32, float2, uint32_t>;  // unconverted, so that a load can wait
+  Pair pairs_[Traits::kRowTiles][Traits::kScoreTiles][2];
+
+  __device__ __forceinline__ static Pair join(Value low, Value high) {
+    if constexpr (kBias == Bias::kFloat32) {
+      return make_float2(low, high);
+    } else {
+      const Value both[2] = {low, high};
+      return reinterpret_cast<const uint32_t&>(both);
+    }
+  }
+
+ public:
+  // first_row: this thread's first query, the others are 8 and 16 further; first_key: this thread's first key.
+  __device__ __forceinline__ void load(const Problem& p, const TileIndex& index, int first_row, int first_key) {
+    const Value* bias = static_cast<const Value*>(p.bias) + index.b0 * p.bias_b0 + index.b1 * p.bias_b1 +
+                        index.head * p.bias_head + first_key * p.bias_key;
+    // Pairs in one access where all of them lie on pair boundaries; first_key is even.
+    const bool paired = p.bias_key == 1 && p.bias_query % 2 == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(Pair) == 0;
+    const bool inside = first_key - threadIdx.x % 4 * 2 + Traits::kChunkN <= p.num_keys;
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = min(first_row + m * 16 + half * 8, p.num_queries - 1);
+        const Value* source = bias + row * p.bias_query;
+        if (paired && inside) {
+#pragma unroll
+          for (int n = 0; n < Traits::kScoreTiles; ++n) {
+            pairs_[m][n][half] = *reinterpret_cast<const Pair*>(source + n * 8);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < Traits::kScoreTiles; ++n) {
+            const int key = first_key + n * 8;
+            const Value zero = from_float<Value>(0.0f);
+            pairs_[m][n][half] = join(key < p.num_keys ? source[n * 8 * p.bias_key] : zero,
+                                      key + 1 < p.num_keys ? source[(n * 8 + 1) * p.bias_key] : zero);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_to(float (&x)[Traits::kRowTiles][Traits::kScoreTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < Traits::kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kScoreTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float2 pair;
+          if constexpr (kBias == Bias::kFloat32) {
+            pair = pairs_[m][n][half];
+          } else {
+            pair = unpack<Value>(pairs_[m][n][half]);
+          }
+          x[m][n][2 * half] = fmaf(pair.x, kLog2e, x[m][n][2 * half]);
+          x[m][n][2 * half + 1] = fmaf(pair.y, kLog2e, x[m][n][2 * half + 1]);
+        }
+      }
+    }
+  }
+};
+
+template <class Traits>
+class BiasChunk<Traits, Bias::kNone> {
+ public:
+  __device__ __forceinline__ void load(const Problem&, const TileIndex&, int, int) {}
+  __device__ __forceinline__ void add_to(float (&)[Traits::kRowTiles][Traits::kScoreTiles][4]) const {}
+};
+
+}  // namespace fcsa::sm80

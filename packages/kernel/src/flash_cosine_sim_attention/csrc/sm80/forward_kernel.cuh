@@ -1,0 +1,411 @@
+// The fused forward for one block of queries: norm, scores, softmax and weighted values in one walk over the keys.
+//
+//   start      q (kBlockM, d) through shared memory to registers    row_factor_i = scale * log2(e) / |q_i|
+//   each tile  k, v (kBlockN, d) in shared memory
+//              s = q k^T    x_ij = s_ij * k_rnorm_j * row_factor_i    P = exp2(x - shift)    out += P v
+//   end        out / sum P, lse
+//
+// A warp owns kRowsPerWarp queries from start to end, so that no row is shared between warps. P goes from the
+// accumulator of one product to the operand of the next within registers.
+#pragma once
+
+#include "../common/mask.cuh"
+#include "../norm/l2norm_forward.cuh"
+#include "forward_bias.cuh"
+#include "forward_smem.cuh"
+#include "tile_copy.cuh"
+#include "tile_reader.cuh"
+
+namespace fcsa::sm80 {
+
+template <class Traits, Bias kBias>
+class ForwardBlock {
+  using Element = typename Traits::Element;
+  using Smem = ForwardSmem<Traits>;
+  using QueryTile = typename Smem::QueryTile;
+  using KeyTile = typename Smem::KeyTile;
+  using QueryReader = TileReader<QueryTile, LanePattern::kRowsFirst>;
+  using KeyReader = TileReader<KeyTile, LanePattern::kChunksFirst>;
+  using ValueReader = TileReader<KeyTile, LanePattern::kRowsFirst>;
+  using KeyCopy = TileCopy<KeyTile, Traits::kThreads>;
+  static constexpr int kRowTiles = Traits::kRowTiles, kScoreTiles = Traits::kScoreTiles;
+  static constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN, kChunkN = Traits::kChunkN;
+  static constexpr int kHeldSteps = Traits::kQueryInRegisters ? Traits::kDepthSteps : 1;
+
+  using Scores = float[kRowTiles][kScoreTiles][4];
+  using Weights = uint32_t[kRowTiles][kChunkN / 16][4];  // P as the left operand of P v
+
+  const ForwardParams& p_;
+  Smem& smem_;
+  const TileIndex index_;     // of queries
+  const TileIndex kv_index_;  // of the keys and values that these queries read
+  const int lane_, warp_row_, first_query_;
+  const bool folds_norm_;  // the norm is in the factors of rows and columns; else q and k are of unit norm
+
+  uint32_t query_[kRowTiles][kHeldSteps][4];
+  float row_factor_[kRowTiles][2];
+  float out_[kRowTiles][Traits::kValueTiles][4];
+  SoftmaxRows<Traits::kSoftmax, kRowTiles> softmax_;
+
+ public:
+  __device__ __forceinline__ ForwardBlock(const ForwardParams& p, Smem& smem, const TileIndex& index)
+      : p_(p),
+        smem_(smem),
+        index_(index),
+        kv_index_{index.tile, index.head / (p.heads / p.kv_heads), index.b1, index.b0},
+        lane_(threadIdx.x % 32),
+        warp_row_(threadIdx.x / 32 * Traits::kRowsPerWarp),
+        first_query_(index.tile * kBlockM),
+        folds_norm_(p.l2norm_qk && p.k_unit == nullptr) {}
+
+  __device__ __forceinline__ void run() {
+    const KeyRange range = KeyRange::of_queries<kBlockM, kBlockN>(p_, first_query_);
+    const KeyCopy copy_k(static_cast<const Element*>(p_.k) + kv_index_.offset(p_.k_strides), p_.k_strides.row,
+                         p_.head_dim);
+    const KeyCopy copy_v(static_cast<const Element*>(p_.v) + kv_index_.offset(p_.v_strides), p_.v_strides.row,
+                         p_.head_dim);
+    KeyMask<kBlockN> mask(p_, index_);
+    KeyBits<kBlockN> bits, next_bits;
+
+    start_query_copy();
+    mask.prefetch(0);
+    int tile = mask.next_visible(0, range.num_tiles, bits);
+    if (tile < range.num_tiles) start_key_copy(copy_k, copy_v, tile, bits, 0);
+    ptx::cp_async_commit();
+    mask.prefetch(tile + 1);
+    start_rows();
+    int next = mask.next_visible(tile + 1, range.num_tiles, next_bits);
+
+    for (int stage = 0; tile < range.num_tiles; stage = following(stage)) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this tile is here for all, and nobody reads the stage that is filled next
+      if (next < range.num_tiles) start_key_copy(copy_k, copy_v, next, next_bits, following(stage));
+      ptx::cp_async_commit();
+      mask.prefetch(next + 1);
+      if (bits.all() && (tile + 1) * kBlockN - 1 <= range.first_limit) {
+        process_tile<false>(tile, bits, stage);
+      } else {
+        process_tile<true>(tile, bits, stage);
+      }
+      tile = next, bits = next_bits;
+      next = mask.next_visible(tile + 1, range.num_tiles, next_bits);
+    }
+    finish();
+  }
+
+ private:
+  __device__ __forceinline__ static int following(int stage) { return stage + 1 == Traits::kStages ? 0 : stage + 1; }
+
+  // This thread's query in row tile m; the two halves of a tile are 8 rows apart.
+  __device__ __forceinline__ int query_of(int m, int half) const {
+    return first_query_ + warp_row_ + m * 16 + half * 8 + lane_ / 4;
+  }
+
+  __device__ __forceinline__ void store_row(float* rows, int m, int half, float value) const {
+    const int query = query_of(m, half);
+    if (lane_ % 4 != 0 || query >= p_.num_queries) return;
+    rows[index_.first_row(p_.b1, p_.heads, p_.num_queries) + query] = value;
+  }
+
+  // ---- start: queries, their norms and factors ----
+
+  __device__ __forceinline__ void start_query_copy() {
+    const Element* source = static_cast<const Element*>(p_.q) + index_.offset(p_.q_strides);
+    const TileCopy<QueryTile, Traits::kThreads> copy(source, p_.q_strides.row, p_.head_dim);
+    const int rows = p_.num_queries - first_query_;
+    copy.copy(smem_.query(), first_query_, [rows](int row, int offset) { return row + offset < rows; });
+    ptx::cp_async_commit();
+    if (folds_norm_) return;
+    for (int i = threadIdx.x; i < Traits::kStages * kBlockN; i += Traits::kThreads) (&smem_.k_rnorm[0][0])[i] = 1.0f;
+  }
+
+  // Waits for the queries, all groups but the newest; then they move to registers, if they are to stay there.
+  __device__ __forceinline__ void start_rows() {
+    ptx::cp_async_wait<1>();
+    __syncthreads();
+    const QueryReader reader(smem_.query(), warp_row_, 0);
+    float squares[kRowTiles][2] = {};
+#pragma unroll
+    for (int step = 0; step < Traits::kDepthSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        uint32_t a[4];
+        reader.load(a, m * 16, step * 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = unpack<Element>(a[i]);
+          squares[m][i % 2] += pair.x * pair.x + pair.y * pair.y;
+          if constexpr (Traits::kQueryInRegisters) query_[m][step][i] = a[i];
+        }
+      }
+    }
+    const float scale = (p_.scale == nullptr ? p_.scale_value : p_.scale[index_.head]) * kLog2e;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        row_factor_[m][half] = scale;
+        if (folds_norm_) {
+          const float rnorm = reciprocal_norm(lane_sum<4>(squares[m][half]));
+          row_factor_[m][half] *= rnorm;
+          if (p_.q_rnorm != nullptr) store_row(p_.q_rnorm, m, half, rnorm);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < Traits::kValueTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out_[m][n][e] = 0.0f;
+      }
+    }
+    softmax_.start(bounded_shift<Element>(p_.bound) * kLog2e);
+  }
+
+  // ---- the way of keys and values into shared memory ----
+
+  __device__ __forceinline__ void start_key_copy(const KeyCopy& copy_k, const KeyCopy& copy_v, int tile,
+                                                 const KeyBits<kBlockN>& bits, int stage) {
+    const int64_t first_key = static_cast<int64_t>(tile) * kBlockN;
+    if (folds_norm_ && threadIdx.x < kBlockN) {
+      const float* source = p_.k_rnorm + kv_index_.first_row(p_.b1, p_.kv_heads, p_.num_keys);
+      const int64_t key = first_key + threadIdx.x;
+      const bool valid = key < p_.num_keys;
+      ptx::cp_async_4(ptx::smem_address(&smem_.k_rnorm[stage][threadIdx.x]), valid ? source + key : source, valid);
+    }
+    typename Smem::Stage& target = smem_.stages[stage];
+    if (bits.all()) {
+      copy_k.copy_all(target.k, first_key);
+      copy_v.copy_all(target.v, first_key);
+    } else {  // hidden rows become zero and are not read: they may hold NaN, or not exist
+      copy_k.copy(target.k, first_key, [&bits](int key, int offset) { return bits.visible(key, offset); });
+      copy_v.copy(target.v, first_key, [&bits](int key, int offset) { return bits.visible(key, offset); });
+    }
+  }
+
+  // ---- one tile of keys, in chunks ----
+
+  template <bool kMasked>
+  __device__ __forceinline__ void process_tile(int tile, const KeyBits<kBlockN>& bits, int stage) {
+    const KeyReader read_k(smem_.stages[stage].k, 0, 0);
+    const ValueReader read_v(smem_.stages[stage].v, 0, 0);
+    constexpr int kBuffers = Traits::kOverlap ? 2 : 1;
+    Scores scores[kBuffers];
+    multiply_keys(scores[0], read_k, 0);
+#pragma unroll
+    for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+      Scores& x = scores[chunk % kBuffers];
+      BiasChunk<Traits, kBias> bias;
+      bias.load(p_, index_, query_of(0, 0), tile * kBlockN + chunk * kChunkN + lane_ % 4 * 2);
+      if (Traits::kOverlap && chunk + 1 < Traits::kChunks) {
+        multiply_keys(scores[(chunk + 1) % kBuffers], read_k, chunk + 1);
+      }
+      scale_scores(x, smem_.k_rnorm[stage] + chunk * kChunkN);
+      bias.add_to(x);
+      if constexpr (kMasked) hide(x, bits, tile, chunk);
+      if constexpr (Traits::kSoftmax == Softmax::kRunningMax) follow_maximum(x);
+      Weights weights;
+      exponentiate(weights, x);
+      multiply_values(weights, read_v, chunk);
+      if (!Traits::kOverlap && chunk + 1 < Traits::kChunks) multiply_keys(x, read_k, chunk + 1);
+    }
+  }
+
+  // s = q k^T
+  __device__ __forceinline__ void multiply_keys(Scores& s, const KeyReader& read_k, int chunk) const {
+    const QueryReader read_q(smem_.query(), warp_row_, 0);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][n][e] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < Traits::kDepthSteps; ++step) {
+      uint32_t q[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) q[m][i] = query_[m][step][i];
+        } else {
+          read_q.load(q[m], m * 16, step * 2);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; n += 2) {
+        uint32_t k[4];
+        read_k.load(k, chunk * kChunkN + n * 8, step * 2);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          ptx::mma_16816<Element>(s[m][n], q[m], k[0], k[1]);
+          ptx::mma_16816<Element>(s[m][n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  // x = s * k_rnorm * row_factor, and with a bounded softmax already minus the shift
+  __device__ __forceinline__ void scale_scores(Scores& x, const float* k_rnorm) const {
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+      const float2 factors = *reinterpret_cast<const float2*>(k_rnorm + n * 8 + lane_ % 4 * 2);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float cosine = x[m][n][e] * (e % 2 == 0 ? factors.x : factors.y);
+          if constexpr (Traits::kSoftmax == Softmax::kBounded) {
+            x[m][n][e] = fmaf(cosine, row_factor_[m][e / 2], -softmax_.shift[m][e / 2]);
+          } else {
+            x[m][n][e] = cosine * row_factor_[m][e / 2];
+          }
+        }
+      }
+    }
+  }
+
+  // x = -inf where the pair is not visible
+  __device__ __forceinline__ void hide(Scores& x, const KeyBits<kBlockN>& bits, int tile, int chunk) const {
+    const int lane_key = lane_ % 4 * 2;
+    int limit[kRowTiles][2];  // the last key of this tile that causality leaves to a row, counted from lane_key
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int last_key = query_of(m, half) + p_.num_keys - p_.num_queries;
+        limit[m][half] = p_.causal ? last_key - tile * kBlockN - lane_key : kBlockN;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kScoreTiles; ++n) {
+      const int key = chunk * kChunkN + n * 8;
+      const uint32_t word = bits.words[key / 32] >> lane_key;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const bool visible = (word >> (key % 32 + e % 2) & 1) != 0 && key + e % 2 <= limit[m][e / 2];
+          x[m][n][e] = visible ? x[m][n][e] : -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Raises the rows' shifts where the maximum has climbed too far above them, and rescales what has been summed so far.
+  __device__ __forceinline__ void follow_maximum(const Scores& x) {
+    float maximum[kRowTiles][2], factor[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum[m][half] = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; ++n) {
+          maximum[m][half] = fmaxf(maximum[m][half], fmaxf(x[m][n][2 * half], x[m][n][2 * half + 1]));
+        }
+        maximum[m][half] = lane_max<4>(maximum[m][half]);
+      }
+    }
+    if (!softmax_.raise(maximum, factor)) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kValueTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out_[m][n][e] *= factor[m][e / 2];
+      }
+    }
+  }
+
+  // P = exp2(x - shift): its sum in float, itself rounded to the operand of P v
+  __device__ __forceinline__ void exponentiate(Weights& weights, Scores& x) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float low = x[m][n][2 * half], high = x[m][n][2 * half + 1];
+          if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
+            low -= softmax_.subtrahend(m, half);
+            high -= softmax_.subtrahend(m, half);
+          }
+          low = ptx::exp2_approx(low);
+          high = ptx::exp2_approx(high);
+          softmax_.sum[m][half] += low + high;
+          weights[m][n / 2][n % 2 * 2 + half] = pack<Element>(low, high);
+        }
+      }
+    }
+  }
+
+  // out += P v
+  __device__ __forceinline__ void multiply_values(const Weights& weights, const ValueReader& read_v, int chunk) {
+#pragma unroll
+    for (int step = 0; step < kChunkN / 16; ++step) {
+#pragma unroll
+      for (int n = 0; n < Traits::kValueTiles; n += 2) {
+        uint32_t v[4];
+        read_v.load_transposed(v, chunk * kChunkN + step * 16, n);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          ptx::mma_16816<Element>(out_[m][n], weights[m][step], v[0], v[1]);
+          ptx::mma_16816<Element>(out_[m][n + 1], weights[m][step], v[2], v[3]);
+        }
+      }
+    }
+  }
+
+  // ---- end ----
+
+  __device__ __forceinline__ void finish() {
+    if constexpr (Traits::kQueryInRegisters) __syncthreads();  // the output passes through the memory of the stages
+    QueryTile& tile = smem_.query();  // each warp touches its own rows only
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float reciprocal_sum, lse;
+        softmax_.finish(m, half, reciprocal_sum, lse);
+        store_row(p_.lse, m, half, lse);
+        const int row = warp_row_ + m * 16 + half * 8 + lane_ / 4;
+#pragma unroll
+        for (int n = 0; n < Traits::kValueTiles; ++n) {
+          const float* pair = &out_[m][n][2 * half];
+          reinterpret_cast<uint32_t&>(tile.at(row, n * 8 + lane_ % 4 * 2)) =
+              pack<Element>(pair[0] * reciprocal_sum, pair[1] * reciprocal_sum);
+        }
+      }
+    }
+    __syncwarp();
+    store_out(tile);
+  }
+
+  __device__ __forceinline__ void store_out(const QueryTile& tile) const {
+    constexpr int kChunksPerRow = Traits::kHeadDim / 8;
+    Element* out = static_cast<Element*>(p_.out) + index_.offset(p_.out_strides);
+#pragma unroll
+    for (int step = 0; step < Traits::kRowsPerWarp * kChunksPerRow / 32; ++step) {
+      const int i = step * 32 + lane_;
+      const int row = warp_row_ + i / kChunksPerRow, col = i % kChunksPerRow * 8;
+      const int64_t query = first_query_ + row;
+      if (query >= p_.num_queries || col >= p_.head_dim) continue;
+      *reinterpret_cast<uint4*>(out + query * p_.out_strides.row + col) =
+          *reinterpret_cast<const uint4*>(&tile.at(row, col));
+    }
+  }
+};
+
+template <class Traits, Bias kBias>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.min_blocks)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const int num_tiles = ceil_div(p.num_queries, Traits::kBlockM);
+  TileIndex index = TileIndex::from_block(blockIdx.x, num_tiles, p.heads, p.b1);
+  if (p.causal) index.tile = num_tiles - 1 - index.tile;  // the longest rows first, so that the short ones fill the end
+  ForwardBlock<Traits, kBias> block(p, reinterpret_cast<ForwardSmem<Traits>&>(shared_memory), index);
+  block.run();
+}
+
+}  // namespace fcsa::sm80
