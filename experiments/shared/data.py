@@ -40,7 +40,7 @@ def load_corpus(data: str) -> Corpus:
         return _corpus(data, *_split(cached(SOURCES[data]).read_bytes()))
     if data == "enwik8":
         return _corpus(data, *_enwik8(cached(SOURCES[data])))
-    return _corpus(data, *_split(_read(Path(data))))
+    return _corpus(Path(data).name, *_split(_read(Path(data))))
 
 
 def _read(path: Path) -> bytes:
