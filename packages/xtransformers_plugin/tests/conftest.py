@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from x_transformers import Decoder, TransformerWrapper
-from xtransformers_cosine_sim import seam
 
 TOKENS = 40
 
@@ -22,11 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU of compute capability 8.0 or more"))
 
 
-def _native_scale(scale: float) -> float:
-    """qk_norm_scale of a native model whose logits are scale * cosine; before 2.26 x-transformers applies it thrice."""
-    return scale if seam.queries_arrive_unit() else scale ** (1 / 3)
-
-
 def _language_model(stack: type = Decoder, wrapper: dict[str, Any] | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     options = {"dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 16, "verbose": False} | options
@@ -37,11 +31,6 @@ def _language_model(stack: type = Decoder, wrapper: dict[str, Any] | None = None
 def language_model() -> Callable[..., nn.Module]:
     """(stack=Decoder, wrapper={}, **options of the stack) -> TransformerWrapper: width 32, depth 2, 4 heads of 16."""
     return _language_model
-
-
-@pytest.fixture
-def native_scale() -> Callable[[float], float]:
-    return _native_scale
 
 
 @pytest.fixture

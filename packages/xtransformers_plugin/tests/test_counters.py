@@ -7,9 +7,9 @@ import threading
 import pytest
 import torch
 from xtransformers_cosine_sim import UnsupportedCallError, counters, enable, reset
-from xtransformers_cosine_sim.testing import difference, random_loss, run
+from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
-NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": 6.0}
+NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(6.0)}
 
 
 def test_counts_per_layer_and_in_all(language_model, ids):

@@ -20,9 +20,9 @@ from xtransformers_cosine_sim import (
     enabled,
 )
 from xtransformers_cosine_sim.attend import CosineSimAttend
-from xtransformers_cosine_sim.testing import difference, random_loss, run
+from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
-NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": 6.0}
+NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(6.0)}
 PATHS = ("attn_layers.layers.0.1", "attn_layers.layers.2.1")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
-from x_transformers.x_transformers import Attention
+from x_transformers.x_transformers import Attention, AttentionLayers
 from xtransformers_cosine_sim import UnsupportedLayerError, counters, install_flag, uninstall_flag
 from xtransformers_cosine_sim.counters import enabled_layers
+from xtransformers_cosine_sim.testing import native_scale
 
-NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": 6.0}
+NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(6.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,17 @@ def test_an_unflagged_model_is_untouched(language_model, flag):
     assert not enabled_layers(language_model(**NATIVE))
 
 
-def test_options_and_layers(language_model, ids):
+def test_options(language_model, ids):
+    model = language_model(attn_use_cosine_sim_kernel={"mode": "convert", "scale": 5})
+    model(ids)
+    assert counters(model).fused == 2
+
+
+@pytest.mark.skipif(
+    "create_layer_kwargs_iter" not in inspect.getsource(AttentionLayers),
+    reason="this x-transformers does not split tuples over layers",
+)
+def test_layers(language_model, ids):
     options = {"mode": "convert", "scale": 5, "strict": False}
     model = language_model(attn_use_cosine_sim_kernel=(False, options))
     model(ids)

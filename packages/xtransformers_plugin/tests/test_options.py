@@ -16,9 +16,10 @@ from xtransformers_cosine_sim import UnsupportedCallError, UnsupportedLayerError
 from xtransformers_cosine_sim.attend import CosineSimAttend
 from xtransformers_cosine_sim.counters import enabled_layers
 from xtransformers_cosine_sim.options import TABLE, Row
-from xtransformers_cosine_sim.testing import difference, random_loss, run
+from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
 TOLERANCE = 1e-5
+NATIVE_SCALES = {scale: native_scale(scale) for scale in (1.0, 6.0, 12.5)}  # before a test touches the probe
 LENGTH = 21
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 40, (2, LENGTH), generator=GENERATOR)
@@ -43,6 +44,7 @@ class Example:
     def build(self, qk_norm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> nn.Module:
         torch.manual_seed(0)
         options = {"dim": 32, "heads": 4, "attn_dim_head": 16} | qk_norm | self.options
+        options["attn_qk_norm_scale"] = NATIVE_SCALES[options.get("attn_qk_norm_scale", 6.0)]
         if self.stack is Attention:
             bare = {name.removeprefix("attn_"): value for name, value in options.items()}
             model: nn.Module = Attention(causal=True, **bare)
@@ -209,9 +211,9 @@ def test_every_row_has_an_example():
 class Arms:
     """The model that gets enabled, the options for it, and the stock model that it must equal while it is enabled."""
 
-    def __init__(self, example: Example, mode: str, native_scale: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, example: Example, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         scale, groups = example.options.get("attn_qk_norm_scale", 6.0), example.options.get("attn_qk_norm_groups", 1)
-        native = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(scale)}
+        native = {"attn_qk_norm": True}
         self.options: dict[str, Any] = {"mode": mode}
         if mode == "accelerate":
             self.model = self.expected = example.build(native, monkeypatch)
@@ -228,8 +230,8 @@ def seeded_run(model: nn.Module, call: Callable[[nn.Module], Tensor]):
 
 
 @pytest.mark.parametrize(("row", "example", "mode"), CASES)
-def test_row(row: Row, example: Example, mode: str, native_scale, monkeypatch):
-    arms = Arms(example, mode, native_scale, monkeypatch)
+def test_row(row: Row, example: Example, mode: str, monkeypatch):
+    arms = Arms(example, mode, monkeypatch)
     verdict = row.verdict(mode)
     if verdict in ("served", "unbounded"):
         if mode == "convert" and not example.native_in_convert:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, PrefixDecoder, XTransformer
 from xtransformers_cosine_sim import arguments, counters, enable, enabled, seam
-from xtransformers_cosine_sim.testing import difference, random_loss, run
+from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
 TOLERANCE = 1e-5
 POSITIONS = [{}, {"rotary_pos_emb": True}, {"alibi_pos_bias": True}, {"rel_pos_bias": True}, {"dynamic_pos_bias": True}]
@@ -18,7 +18,8 @@ EXTRAS = [{}, {"attn_num_mem_kv": 2, "attn_qk_norm_groups": 2}]
 
 
 def native(scale: float = 6.0, **options: object) -> dict[str, object]:
-    return {"attn_qk_norm": True, "attn_qk_norm_scale": scale} | options
+    """Options of a native qk-norm model whose logits are scale * cosine."""
+    return {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(scale)} | options
 
 
 def check(model: nn.Module, call, **options: object) -> None:
@@ -96,9 +97,9 @@ def test_cached_generation_equals_uncached(options, language_model, ids):
 
 
 @pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True}, {"attn_kv_heads": 2, "rel_pos_bias": True}], ids=str)
-def test_converted_generation_cached_equals_uncached_and_native(options, language_model, native_scale, ids):
+def test_converted_generation_cached_equals_uncached_and_native(options, language_model, ids):
     model = AutoregressiveWrapper(language_model(**options)).eval()
-    reference = AutoregressiveWrapper(language_model(**native(native_scale(6.0)), **options)).eval()
+    reference = AutoregressiveWrapper(language_model(**native(6.0), **options)).eval()
     reference.load_state_dict(model.state_dict())
     expected = reference.generate(ids, 12, temperature=0.0, cache_kv=False)
     enable(model, mode="convert", scale=6)
@@ -135,10 +136,10 @@ def test_the_usual_kv_head_order_fails_the_check(language_model, ids, monkeypatc
 
 @pytest.mark.parametrize("placement", [{}, {"pre_norm": False}, {"sandwich_norm": True}], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_convert_equals_native(placement, groups, language_model, native_scale, ids):
+def test_convert_equals_native(placement, groups, language_model, ids):
     model = language_model(rotary_pos_emb=True, attn_kv_heads=2, **placement)
     reference = language_model(
-        rotary_pos_emb=True, attn_kv_heads=2, **placement, **native(native_scale(5.0), attn_qk_norm_groups=groups)
+        rotary_pos_emb=True, attn_kv_heads=2, **placement, **native(5.0, attn_qk_norm_groups=groups)
     )
     reference.load_state_dict(model.state_dict())
     expected = run(reference, lambda m: random_loss(m, ids))

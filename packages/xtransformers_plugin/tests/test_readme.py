@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from xtransformers_cosine_sim import disable, install_flag, table_markdown, uninstall_flag
+import pytest
+from xtransformers_cosine_sim import disable, install_flag, seam, table_markdown, uninstall_flag
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.skipif(not seam.queries_arrive_unit(), reason="the examples mean x-transformers 2.26 and newer")
 def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) == 5

@@ -76,9 +76,9 @@ def test_the_fields_of_intermediates():
 
 
 def test_what_arrives_at_the_seam():
-    """4 dims, unit norm per group where the probe says so, bool mask over keys, scale not applied, tiled kv heads."""
+    """4 dims, unit norm where the probe says so, bool mask over keys, scale not applied, tiled kv heads."""
     torch.manual_seed(0)
-    attention = Attention(dim=32, heads=4, dim_head=8, kv_heads=2, qk_norm=True, qk_norm_groups=2, causal=True)
+    attention = Attention(dim=32, heads=4, dim_head=8, kv_heads=2, qk_norm=True, qk_norm_scale=2.0, causal=True)
     seen = {}
     attention.attend.register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(kwargs, qkv=args), with_kwargs=True
@@ -91,7 +91,7 @@ def test_what_arrives_at_the_seam():
     assert (seen["mask"].shape, seen["mask"].dtype) == ((2, 1, 1, 5), torch.bool)
     assert seen["causal"] is True
     if seam.queries_arrive_unit():
-        norms = torch.cat([q, k], dim=1).unflatten(-1, (2, 4)).norm(dim=-1)
+        norms = torch.cat([q, k], dim=1).norm(dim=-1)
         torch.testing.assert_close(norms, torch.ones_like(norms))
     similarity = attention.attend.scale * q @ k.repeat(1, 2, 1, 1).transpose(-1, -2)
     torch.testing.assert_close(intermediates.qk_similarities, similarity, msg=lambda m: f"{VERSION}head order: {m}")

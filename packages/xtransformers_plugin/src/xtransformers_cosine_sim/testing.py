@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import seam
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,6 +50,11 @@ def difference(a: Run, b: Run) -> Difference:
         if not value <= largest:  # NaN counts as larger
             largest, where = value, name
     return Difference((a.loss.double() - b.loss.double()).abs().item(), largest, where)
+
+
+def native_scale(scale: float) -> float:
+    """The attn_qk_norm_scale of a native model whose logits are scale * cosine; before 2.26 it is applied thrice."""
+    return scale if seam.queries_arrive_unit() else scale ** (1 / 3)
 
 
 def random_loss(model: nn.Module, *args: Tensor, seed: int = 0, rows: Tensor | None = None, **kwargs: object) -> Tensor:
