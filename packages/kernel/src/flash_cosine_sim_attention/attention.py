@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (defines the operators)
+from . import backends, ops, sdpa  # noqa: F401  (ops defines the operators)
 from .problem import canonicalize, restore
 from .reference import plain_cosine_sim_attention
 from .validation import check_unit_norm, validate
@@ -83,6 +83,8 @@ def flash_cosine_sim_attention(
     if not l2norm_qk and not torch.compiler.is_compiling() and os.environ.get("FLASH_COSINE_SIM_CHECK", "0") == "1":
         check_unit_norm(q, k, groups)
     fields = canonicalize(q, k, v, mask, attn_bias, scale, attn_bias_batch_dim)
+    if backends.uses_sdpa(*fields[:5], causal, return_lse, backend):
+        return restore(sdpa.attention(*fields, groups, causal, l2norm_qk), q)
     out, lse, _, _ = torch.ops.flash_cosine_sim_attention.forward(*fields, groups, causal, l2norm_qk, backend or "")
     out = restore(out, q)
     return (out, restore(lse, q)) if return_lse else out

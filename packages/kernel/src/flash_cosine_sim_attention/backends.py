@@ -6,8 +6,9 @@
     sm80     cuda/          fused CUDA kernels for compute capability 8.0 and up
     sm90     cuda/          fused CUDA kernels for Hopper
 
-"plain" and "sdpa" are made of differentiable torch calls and chosen before the operator (`before_operator`); the others
-are implementations of the operators in ops.py (`implementation`), chosen when the call runs.
+"plain" and "sdpa" are made of differentiable torch calls and chosen before the operator ("plain" by its name alone,
+"sdpa" in `uses_sdpa`); the others are implementations of the operators in ops.py (`implementation`), chosen when the
+call runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import chunked, cuda
+from . import chunked, cuda, sdpa
 from .problem import Gradients, Outputs, Problem
 
 
@@ -28,6 +29,28 @@ class Implementation(Protocol):
     def backward(
         self, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
     ) -> None: ...
+
+
+def uses_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    return_lse: bool,
+    backend: str | None,
+) -> bool:
+    """Whether sdpa.py computes the call. Tensors as in `Problem`; backend None chooses.
+
+    Raises ValueError if `backend` forces it and it cannot.
+    """
+    if backend not in (None, "sdpa"):
+        return False
+    reason = sdpa.why_not(q, k, v, mask, bias, causal, return_lse)
+    if backend == "sdpa" and reason is not None:
+        raise ValueError(f"backend: 'sdpa' cannot serve this call: {reason}")
+    return reason is None and (backend == "sdpa" or sdpa.is_faster(q, k))
 
 
 def implementation(problem: Problem, backend: str) -> Implementation:
