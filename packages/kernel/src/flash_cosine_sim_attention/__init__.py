@@ -3,6 +3,7 @@
 from .attention import flash_cosine_sim_attention
 from .normalize import l2norm_tensors
 from .reference import plain_cosine_sim_attention
+from .report import available
 
-__all__ = ["flash_cosine_sim_attention", "l2norm_tensors", "plain_cosine_sim_attention"]
+__all__ = ["available", "flash_cosine_sim_attention", "l2norm_tensors", "plain_cosine_sim_attention"]
 __version__ = "0.1.0"

@@ -50,7 +50,7 @@ def packaged() -> dict | None:
         return None
 
 
-def _in_package(target: Target, capability: tuple[int, int] | None) -> bool:
+def in_package(target: Target, capability: tuple[int, int] | None) -> bool:
     """Whether the packaged library holds the target, built from today's sources, for the GPU."""
     record = packaged()
     if record is None or not (LIBRARY_FOLDER / LIBRARY).exists():
@@ -72,9 +72,9 @@ def address(variant: Variant, capability: tuple[int, int], also: Sequence[Varian
 def _load(variants: Sequence[Variant], capability: tuple[int, int]) -> None:
     arch = jit_arch(capability)
     targets = [variant_target(variant, (arch,)) for variant in variants]
-    paths = {target.name: LIBRARY_FOLDER / LIBRARY for target in targets if _in_package(target, capability)}
+    paths = {target.name: LIBRARY_FOLDER / LIBRARY for target in targets if in_package(target, capability)}
     binding = binding_target()
-    if _binding is None and _in_package(binding, None):
+    if _binding is None and in_package(binding, None):
         paths[binding.name] = LIBRARY_FOLDER / LIBRARY
     wanted = [target for target in targets if target.name not in paths]
     if _binding is None and binding.name not in paths:

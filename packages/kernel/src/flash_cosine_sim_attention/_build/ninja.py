@@ -169,7 +169,8 @@ def _process(
 def excerpt(output: list[str], limit: int = 40) -> str:
     """The lines with errors and what follows them, not the ptxas statistics."""
     kept = [line for line in output if not line.startswith(("ptxas info", "ninja:", "    "))]
-    first = next((index for index, line in enumerate(kept) if "error" in line.lower()), 0)
+    telling = re.compile(r"error\s*:|fatal|undefined reference")
+    first = next((index for index, line in enumerate(kept) if telling.search(line)), 0)
     return "".join(kept[first : first + limit]).rstrip()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ def pack(out: Path) -> Path:
         )
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(out), str(PROJECT)]
     options = f"--config-settings=--build-option=--plat-name={platform_tag()}"
+    shutil.rmtree(PROJECT / "build", ignore_errors=True)  # what an earlier build left there would go into this wheel
     result = subprocess.run([*command, options], capture_output=True, text=True)
+    shutil.rmtree(PROJECT / "build", ignore_errors=True)
     if result.returncode != 0:
         raise BuildError(f"pip wheel failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
     wheels = sorted(out.glob(f"*-py3-none-{platform_tag()}.whl"), key=lambda path: path.stat().st_mtime)
