@@ -116,6 +116,7 @@ def test_reading_a_map_is_a_named_error(name):
     assert intermediates.cached_kv is not None
     assert "cached_kv" in repr(intermediates)
     assert intermediates in {intermediates}
+    assert copy.copy(intermediates).cached_kv is intermediates.cached_kv
     with pytest.raises(AttentionMapsError, match=rf"{name}: a fused pass makes no \(queries x keys\) matrix"):
         getattr(intermediates, name)
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from xtransformers_cosine_sim import UnsupportedCallError, counters, enable, reset
+from xtransformers_cosine_sim import UnsupportedCallError, counters, disable, enable, reset
 from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
 NATIVE = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(6.0)}
@@ -50,6 +50,19 @@ def test_compiled_whole_and_counted(options, dynamic, language_model, ids):
         assert difference(run(model, lambda _: random_loss(compiled, ids)), stock).within(1e-5)
     counted = counters(model)
     assert (counted.fused, counted.stock) == (4, 0)
+
+
+def test_enabled_after_it_was_compiled(language_model, ids):
+    """The class of `attend` is a guard of the graph: no stale stock graph, and none left after disable."""
+    model = language_model(**NATIVE)
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids)
+    enable(compiled)
+    compiled(ids)
+    assert (counters(compiled).fused, counters(compiled).stock) == (2, 0)
+    disable(compiled)
+    _, maps = compiled(ids, return_attn=True)
+    assert len(maps) == 2
 
 
 def test_compiled_fallback_is_counted_as_stock(language_model, ids):

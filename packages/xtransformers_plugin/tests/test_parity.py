@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, PrefixDecoder, XTransformer
 from xtransformers_cosine_sim import arguments, counters, enable, enabled, seam
 from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
@@ -148,6 +149,25 @@ def test_convert_equals_native(placement, groups, language_model, ids):
         converted = run(model, lambda m: random_loss(m, ids))
     assert difference(converted, expected).within(TOLERANCE)
     assert not difference(converted, regular).within(TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True, "attn_kv_heads": 2}, {"rel_pos_bias": True}], ids=str)
+def test_float64_agrees_to_its_own_rounding(options, language_model, ids):
+    model = language_model(**native(**options)).double()
+    stock = run(model, lambda m: random_loss(m, ids))
+    with enabled(model):
+        assert difference(run(model, lambda m: random_loss(m, ids)), stock).within(1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant, language_model, ids):
+    model = language_model(rotary_pos_emb=True, **native(attn_kv_heads=2))
+
+    def call(m):
+        x = m.token_emb(ids)
+        return random_loss(lambda: checkpoint(m.attn_layers, x, use_reentrant=use_reentrant))
+
+    check(model, call)
 
 
 def test_autocast_trains_within_its_rounding(language_model, ids):

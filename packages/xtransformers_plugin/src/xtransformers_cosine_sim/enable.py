@@ -184,7 +184,7 @@ def _swap(attention: Attention, layer: Layer) -> None:
     if type(attend) is Attend:  # another class was refused: it stays what it is, and check_site counts
         attend.__class__ = CosineSimAttend
     attend.cosine_sim = layer
-    device = attention.to_q.weight.device
+    device = next(attention.parameters()).device
     attend.register_buffer(COMPILED_CALLS, torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
     attention.register_forward_pre_hook(check_site, with_kwargs=True)
 
