@@ -18,7 +18,7 @@ def sample_text(trainer: Trainer, length: int = 256) -> str:
     prompt = trainer.corpus.val[: max(1, min(PROMPT_BYTES, seq_len // 4))].long()
     length = min(length, seq_len - len(prompt))
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), trainer.autocast():
         torch.manual_seed(trainer.config.seed)
         continuation = AutoregressiveWrapper(trainer.model).generate(
             prompt.to(trainer.device), length, temperature=TEMPERATURE

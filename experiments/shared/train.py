@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .config import DTYPES, RunConfig
 from .data import Corpus, train_batch, val_batches
 from .memory import peak_memory_of
 from .metrics import BITS_PER_NAT
-from .model import attention_calls, build_model, next_byte_loss
+from .model import AttentionCalls, attention_calls, build_model, next_byte_loss
 from .optim import StepTimer, learning_rate, make_optimizer
 
 MEMORY_STEP = 2  # the first step with the optimiser's state in place; timing begins after it
@@ -44,6 +45,7 @@ class Trainer:
         self._held_out = val_batches(corpus, config.batch_size, config.seq_len, config.eval_batches)
         self._loss_sum = torch.zeros((), device=self.device)  # nats, since the last row
         self._grad_norm = torch.zeros((), device=self.device)
+        self._earlier_calls = AttentionCalls(fused=0, stock=0)
         self._timer = StepTimer(self.device)
 
     @property
@@ -64,17 +66,26 @@ class Trainer:
     def evaluate(self) -> float:
         """Bits per byte of the held-out windows, the same ones each time."""
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             losses = [
                 next_byte_loss(self.model, batch.to(self.device)).double() * len(batch) for batch in self._held_out
             ]
         self.model.train()
         return float(torch.stack(losses).sum()) / sum(map(len, self._held_out)) * BITS_PER_NAT
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs, in training and after."""
+        return torch.autocast(self.device.type, DTYPES[self.config.dtype], enabled=self.config.dtype != "fp32")
+
+    def attention_calls(self) -> AttentionCalls:
+        """Since the first step, in this process and those before it."""
+        now = attention_calls(self.model)
+        return AttentionCalls(now.fused + self._earlier_calls.fused, now.stock + self._earlier_calls.stock)
+
     def result(self) -> dict[str, Any]:
         """What a comparison reads, as JSON. peak_memory in bytes; times are None in runs too short to time."""
         ms = self._timer.median_ms()
-        calls = attention_calls(self.model)
+        calls = self.attention_calls()
         return {
             "config": self.config.to_dict(),
             "corpus_sha256": self.corpus.sha256,
@@ -93,7 +104,8 @@ class Trainer:
         modules = {name: module.state_dict() for name, module in self._stateful().items()}
         tensors = {"loss_sum": self._loss_sum, "grad_norm": self._grad_norm}
         plain = {"step": self.step, "rows": self.rows, "peak_memory": self.peak_memory, "identity": self._identity()}
-        save_checkpoint(path, {**modules, **tensors, **plain, "rng": rng_state()})
+        calls = asdict(self.attention_calls())
+        save_checkpoint(path, {**modules, **tensors, **plain, "calls": calls, "rng": rng_state()})
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of the same configuration and corpus; ValueError names what differs."""
@@ -103,6 +115,7 @@ class Trainer:
             module.load_state_dict(state[name])
         self.step, self.rows, self.peak_memory = state["step"], state["rows"], state["peak_memory"]
         self._loss_sum, self._grad_norm = state["loss_sum"].to(self.device), state["grad_norm"].to(self.device)
+        self._earlier_calls = AttentionCalls(**state["calls"])
         set_rng_state(state["rng"])
 
     def _stateful(self) -> dict[str, Any]:
@@ -110,9 +123,6 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         return {**self.config.to_dict(), "corpus_sha256": self.corpus.sha256}
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, DTYPES[self.config.dtype], enabled=self.config.dtype != "fp32")
 
     def _next_step(self) -> None:
         if self.step == MEMORY_STEP:
@@ -133,7 +143,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
         batch = train_batch(self.corpus, config.batch_size, config.seq_len, config.seed, self.step).to(self.device)
-        with self._autocast():
+        with self.autocast():
             loss = next_byte_loss(self.model, batch)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)

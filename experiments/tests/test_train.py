@@ -55,6 +55,7 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert second.step == stop_at
     assert second.run()
     assert_same_state(second, straight)
+    assert second.attention_calls() == straight.attention_calls()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tiny: Tiny, corpus: Corpus):

@@ -17,8 +17,9 @@ def result_in(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_a_run_leaves_its_files(tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert train.main([*tiny_flags, "--norm", "sandwich", "--groups", "2"]) == 0
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_leaves_its_files(tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str):
+    assert train.main([*tiny_flags, "--norm", "sandwich", "--groups", "2", "--dtype", dtype]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"checkpoint.pt", "result.json", "metrics.csv", "sample.txt", "loss.png"}
     assert "held-out bits per byte" in capsys.readouterr().out
