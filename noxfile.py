@@ -58,3 +58,10 @@ def benchmark(session: nox.Session) -> None:
     """Speed and memory on the CPU against torch's attention. On a GPU: `nox -s gpu_benchmark`."""
     install(session, "tqdm", "numpy", "matplotlib")
     session.run("python", f"{KERNEL}/benchmarks/bench_cpu.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def gpu_benchmark(session: nox.Session) -> None:
+    """Speed and memory on the GPU beside its peers, in the current environment: `-- --help` lists the options."""
+    env = {"PYTHONPATH": f"{ROOT / KERNEL / 'src'}"}
+    session.run("python", f"{KERNEL}/benchmarks/benchmark.py", *session.posargs, env=env, external=True)

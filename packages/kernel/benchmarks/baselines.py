@@ -1,0 +1,219 @@
+"""Who is timed: our own function and its peers, one small class each, and the ways to normalise in front of a peer.
+
+A baseline makes, for one case, a function (q, k, v) -> out on tensors in its own layout. What it cannot do it says
+(`Unsupported`), so that the tables can show it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+from inputs import CaseInputs
+from presets import Case
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+HALF, ALL = ("fp16", "bf16"), ("fp16", "bf16", "fp32")
+
+
+class Unsupported(Exception):
+    """This baseline does not serve this case, or is not installed."""
+
+
+class Baseline:
+    """One implementation of attention. layout: bhnd, or bnhd for those that want (batch, seq_len, heads, dim)."""
+
+    layout = "bhnd"
+    normalises = False
+
+    def __init__(self, name: str, dtypes: tuple[str, ...] = HALF, masks: bool = False) -> None:
+        self.name, self.dtypes, self.masks = name, dtypes, masks
+
+    def check(self, case: Case) -> None:
+        """Unsupported, with the reason, for what is known not to work; nothing is run."""
+        if case.dtype not in self.dtypes:
+            raise Unsupported(f"no {case.dtype}, only {', '.join(self.dtypes)}")
+        if case.mask_prob and not self.masks:
+            raise Unsupported("no key mask")
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Inside it the function of `make` is called."""
+        return nullcontext()
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        raise NotImplementedError
+
+
+class Ours(Baseline):
+    """flash_cosine_sim_attention, the norm inside its one call; backend: force one of its paths."""
+
+    normalises = True
+
+    def __init__(self, name: str, backend: str | None = None) -> None:
+        super().__init__(name, ALL, masks=True)
+        self.backend = backend
+
+    def make(self, inputs: CaseInputs, scale: float, l2norm_qk: bool = True) -> Attention:
+        options: dict[str, Any] = {"mask": inputs.key_mask(), "causal": inputs.case.causal, "scale": scale}
+        options |= {"l2norm_qk": l2norm_qk, "backend": self.backend}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = flash_cosine_sim_attention(q, k, v, **options)
+            assert isinstance(out, Tensor)
+            return out
+
+        return attend
+
+
+class Sdpa(Baseline):
+    """One backend of torch's scaled_dot_product_attention."""
+
+    def __init__(self, name: str, backend: SDPBackend, dtypes: tuple[str, ...] = HALF, masks: bool = False) -> None:
+        super().__init__(name, dtypes, masks)
+        self.backend = backend
+
+    def context(self) -> AbstractContextManager[Any]:
+        return sdpa_kernel(self.backend)
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        mask, causal = inputs.key_mask(), inputs.case.causal
+        if mask is None:
+            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        visible = mask[:, None, None, :]
+        if causal:  # torch takes either a mask or is_causal
+            visible = visible & inputs.causal_mask()
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+
+
+class Flash(Baseline):
+    """A flash-attention package with (q, k, v, softmax_scale=, causal=) in bnhd."""
+
+    layout = "bnhd"
+
+    def __init__(self, name: str, module: str) -> None:
+        super().__init__(name)
+        self.module = module
+
+    def check(self, case: Case) -> None:
+        super().check(case)
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:  # what a broken installation raises is not foreseeable
+            raise Unsupported(f"cannot import {self.module}: {type(error).__name__}: {error}") from error
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        function, causal = importlib.import_module(self.module).flash_attn_func, inputs.case.causal
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            returned = function(q, k, v, softmax_scale=scale, causal=causal)
+            return returned[0] if isinstance(returned, tuple) else returned
+
+        return attend
+
+
+class Flex(Baseline):
+    """Compiled FlexAttention; its block mask is made beforehand and not timed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, ALL, masks=True)
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled, block_mask = compiled_once(flex_attention), inputs.block_mask()
+        return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, scale=scale)
+
+
+class Plain(Baseline):
+    """Attention as one writes it: the n x n matrix in memory, in the dtype of the inputs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, ALL, masks=True)
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        hidden = inputs.hidden()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = (q * scale) @ k.transpose(-1, -2)
+            if hidden is not None:
+                scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
+            return scores.softmax(dim=-1) @ v
+
+        return attend
+
+
+BASELINES: dict[str, Baseline] = {
+    baseline.name: baseline
+    for baseline in (
+        Ours("ours"),
+        Ours("ours:sm80", "sm80"),
+        Ours("ours:sm90", "sm90"),
+        Ours("ours:chunked", "chunked"),
+        Sdpa("fa2", SDPBackend.FLASH_ATTENTION),
+        Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION, masks=True),
+        Sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION, ALL, masks=True),
+        Flash("fa3", "flash_attn_interface"),
+        Flash("fa4", "flash_attn.cute"),
+        Flex("flex"),
+        Plain("plain"),
+    )
+}
+
+_compiled: dict[Callable, Callable] = {}
+
+
+def compiled_once(function: Callable) -> Callable:
+    """torch.compile for static shapes: a new shape is compiled anew, in the warm-up."""
+    if function not in _compiled:
+        from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
+
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1024
+        functorch.donated_buffer = False  # the backward alone runs over one graph again and again
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]
+
+
+def normalize_pair(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+
+def normalize_compiled(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Over (rows, d), so that cases with as many rows share one compilation."""
+    dim = q.shape[-1]
+    qn, kn = compiled_once(normalize_pair)(q.view(-1, dim), k.view(-1, dim))
+    return qn.view_as(q), kn.view_as(k)
+
+
+NORMALIZERS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "compiled": normalize_compiled,
+    "eager": normalize_pair,
+}
+NORMS = ("compiled", "none", "eager")
+"""How q and k are normalised: in front of a peer (compiled, eager), or beforehand, outside the timing (none). Our own
+function, and any other that `normalises`, does it inside its call instead: "fused"."""
+
+
+def norms_for(baseline: Baseline, norms: tuple[str, ...]) -> tuple[str, ...]:
+    if not baseline.normalises:
+        return norms
+    inside = ("fused",) if set(norms) - {"none"} else ()
+    return (*inside, "none") if "none" in norms else inside
+
+
+def attention_with_norm(baseline: Baseline, norm: str, inputs: CaseInputs, scale: float) -> Attention:
+    """(q, k, v) in the baseline's layout -> out, the normalisation that is to be timed included."""
+    if isinstance(baseline, Ours):
+        return baseline.make(inputs, scale, l2norm_qk=norm == "fused")
+    attend = baseline.make(inputs, scale)
+    if norm in ("none", "fused"):
+        return attend
+    normalize = NORMALIZERS[norm]
+    return lambda q, k, v: attend(*normalize(q, k), v)
