@@ -67,7 +67,7 @@ class CosineSimAttend(Attend):
         causal = self.causal if causal is None else causal
         out = fused_attention(
             q, k, v, mask, attn_bias,
-            causal=bool(causal) and q.shape[-2] > 1,
+            causal=bool(causal),  # aligned right, so that one query sees every key, as stock has it
             scale=_default_scale(self.scale if layer.mode == "accelerate" else layer.scale, q),
             groups=layer.groups,
             l2norm_qk=layer.mode == "convert",
