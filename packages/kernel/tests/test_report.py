@@ -27,7 +27,7 @@ def test_a_gpu_without_a_compiler(monkeypatch):
     assert available("cuda")["sm80"] == "no CUDA compiler"
     monkeypatch.setattr(report.launchers, "packaged", lambda: {"archs": ["80+"], "sources": {}})
     assert available("cuda")["sm80"] is None
-    assert available("cuda", torch.float64)["sm80"].startswith("there is no sm80 kernel for torch.float64")
+    assert available("cuda", torch.float64)["sm80"].startswith("there is no sm80 forward kernel for float64")
 
 
 @pytest.mark.parametrize("variables", [{}, {"CXX": "no-such-compiler", "FLASH_COSINE_SIM_CACHE": "/proc/no"}])

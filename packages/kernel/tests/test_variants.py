@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from flash_cosine_sim_attention.variants import (
     ALLOWED_SPILLS,
-    FEATURES,
-    HEAD_DIMS,
+    TABLE,
     VARIANTS,
     Variant,
     dtypes_of,
-    tile_head_dim,
+    find_variant,
+    has_pass,
     variant_for,
+    why_none,
 )
 
 
@@ -21,32 +22,44 @@ def test_every_variant_is_there_once_and_found_by_its_fields():
         assert variant_for(v.arch, v.pass_name, v.dtype, v.head_dim, v.feature) is v
 
 
-@pytest.mark.parametrize("dtype", dtypes_of("sm80"))
-@pytest.mark.parametrize("head_dim", range(1, HEAD_DIMS[-1] + 1, 5))
-def test_a_head_dim_gets_the_smallest_tile_that_holds_it(dtype, head_dim):
-    for pass_name, features in FEATURES.items():
-        for feature in features:
-            tile = variant_for("sm80", pass_name, dtype, head_dim, feature).head_dim
-            assert tile >= head_dim
-            assert not any(head_dim <= smaller < tile for smaller in HEAD_DIMS)
-
-
-def test_tile_head_dim():
-    assert [tile_head_dim(d) for d in (1, 32, 33, 128, 256, 257)] == [32, 32, 64, 128, 256, None]
+@pytest.mark.parametrize("row", TABLE)
+def test_a_head_dim_gets_the_smallest_tile_that_holds_it(row):
+    for head_dim in range(1, max(row.head_dims) + 1):
+        for dtype in row.dtypes:
+            for feature in row.features:
+                tile = variant_for(row.arch, row.pass_name, dtype, head_dim, feature).head_dim
+                assert tile >= head_dim
+                assert not any(head_dim <= smaller < tile for smaller in row.head_dims)
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "reason"),
     [
-        ("sm80", "forward", "bfloat16", 257, "bounded"),
-        ("sm80", "forward", "float64", 64, "bounded"),
-        ("sm80", "forward", "bfloat16", 64, "bias"),
-        ("sm75", "forward", "float16", 64, "bounded"),
+        (
+            ("sm80", "forward", "bfloat16", 257, "bounded"),
+            "head dim 257: the sm80 forward kernels for bfloat16 take 1 to",
+        ),
+        (("sm80", "forward", "bfloat16", 0, "bounded"), "head dim 0"),
+        (
+            ("sm80", "backward", "float64", 64, "plain"),
+            "no sm80 backward kernel for float64, only for float16, bfloat16",
+        ),
+        (("sm80", "forward", "bfloat16", 64, "bias"), "no sm80 forward kernel 'bias' .*, only bounded, running_max"),
+        (("sm75", "forward", "float16", 64, "bounded"), "this version has no sm75 forward kernels"),
     ],
 )
-def test_an_unknown_variant_is_an_error_that_lists_what_is_supported(fields):
-    with pytest.raises(ValueError, match=r"no forward kernel for .*; compiled kernels: sm80 with float16, bfloat16"):
+def test_an_unknown_variant_is_an_error_that_lists_what_is_supported(fields, reason):
+    assert find_variant(*fields) is None
+    with pytest.raises(ValueError, match=reason):
         variant_for(*fields)
+
+
+def test_what_there_is_has_no_reason_against_it():
+    assert all(why_none(v.arch, v.pass_name, v.dtype, v.head_dim, v.feature) is None for v in VARIANTS)
+    assert has_pass("sm80", "backward")
+    assert not has_pass("sm75", "backward")
+    assert set(dtypes_of("sm80")) >= {"float16", "bfloat16"}
+    assert dtypes_of("sm75") == ()
 
 
 def test_source_of_a_forward():

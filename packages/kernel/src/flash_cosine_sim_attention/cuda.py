@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,7 @@ from . import chunked, launchers
 from ._build import BuildError
 from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
 from .problem import Gradients, Outputs, Problem
-from .variants import HEAD_DIMS, Variant, dtypes_of, tile_head_dim, variant_for
-
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+from .variants import Variant, find_variant, has_pass, variant_for, why_none
 
 BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0, torch.float32: 70.0}
 """The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
@@ -37,20 +36,19 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-def refusal(arch: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernels of `arch` cannot serve a call of this kind; None if they can (once compiled)."""
+class Launcher(NamedTuple):
+    address: int
+    head_dim: int  # kHeadDim of the variant
+
+
+def refusal(arch: str, capability: tuple[int, int] | None) -> str | None:
+    """Why no kernel of `arch` runs on a device of this compute capability; None if they do."""
     if capability is None:
         return "the tensors are not on an NVIDIA GPU"
-    if not dtypes_of(arch):
-        return f"this version has no {arch} kernels"
     if arch == "sm90" and capability != (9, 0):
         return f"the sm90 kernels need compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
     if capability < (8, 0):
         return f"the kernels need compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}"
-    if DTYPE_NAMES.get(dtype) not in dtypes_of(arch):
-        return f"there is no {arch} kernel for {dtype}, only for {', '.join(dtypes_of(arch))}"
-    if not 0 < head_dim <= HEAD_DIMS[-1]:
-        return f"head dim {head_dim}: the kernels take 1 to {HEAD_DIMS[-1]}"
     return None
 
 
@@ -59,7 +57,7 @@ class CudaKernels:
 
     def __init__(self, arch: str | None) -> None:
         self.arch = arch
-        self._launchers: dict[tuple, int | str] = {}  # call's kind -> address, or the reason of a refusal
+        self._launchers: dict[tuple, Launcher | str] = {}  # kind of call -> what serves it, or the reason of a refusal
 
     def forward(self, problem: Problem, outputs: Outputs) -> None:
         launcher = self._launcher("forward", problem)
@@ -81,36 +79,45 @@ class CudaKernels:
         else:
             launch_backward(launcher, problem, outputs, dout, dlse, gradients)
 
-    def _launcher(self, pass_name: str, problem: Problem) -> int | None:
+    def _launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
         q, feature = problem.q, _feature(pass_name, problem)
         key = (q.device, q.dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
-        if isinstance(found, int):
+        if isinstance(found, Launcher):
             return found
         if self.arch is not None:
             raise ValueError(f"backend: {self.arch!r} cannot serve this call: {found}")
         _warn_once(found)
         return None
 
-    def _resolve(self, pass_name: str, problem: Problem, feature: str) -> int | str:
-        """The address of the launcher, compiled if need be; or why there is none."""
+    def _resolve(self, pass_name: str, problem: Problem, feature: str) -> Launcher | str:
+        """What serves the call, compiled if need be; or why there is nothing: the reason of the last one tried."""
         capability = capability_of(problem.q.device)
         d, dv = problem.q.shape[-1], problem.v.shape[-1]
-        head_dim = kernel_width(d, dv, problem.groups) if d else 0
-        reason = None
-        for arch in (self.arch,) if self.arch is not None else ("sm90", "sm80"):
-            reason = refusal(arch, capability, problem.q.dtype, head_dim)
+        width = kernel_width(d, dv, problem.groups) if d else 0
+        dtype = str(problem.q.dtype).removeprefix("torch.")
+        reason: str | None = None
+        for arch in self._candidates(pass_name):
+            reason = refusal(arch, capability) or why_none(arch, pass_name, dtype, width, feature)
             if reason is None:
                 assert capability is not None
-                variant = variant_for(arch, pass_name, DTYPE_NAMES[problem.q.dtype], head_dim, feature)
+                variant = variant_for(arch, pass_name, dtype, width, feature)
                 try:
-                    return launchers.address(variant, capability, _needed_soon(variant, problem))
+                    return Launcher(
+                        launchers.address(variant, capability, _needed_soon(variant, problem)), variant.head_dim
+                    )
                 except BuildError as error:
                     reason = str(error)
         assert reason is not None
         return reason
+
+    def _candidates(self, pass_name: str) -> tuple[str, ...]:
+        """Sets of kernels, the fastest first. A pass that Hopper has no own kernels for runs on those for sm80."""
+        if self.arch is None:
+            return ("sm90", "sm80")
+        return (self.arch,) if self.arch == "sm80" or has_pass("sm90", pass_name) else ("sm80",)
 
 
 AUTOMATIC = CudaKernels(None)
@@ -140,13 +147,17 @@ def _needed_soon(variant: Variant, problem: Problem) -> Sequence[Variant]:
     if variant.pass_name != "forward" or not any(x is not None and x.requires_grad for x in inputs):
         return ()
     feature = _feature("backward", problem)
-    return (variant_for(variant.arch, "backward", variant.dtype, variant.head_dim, feature),)
+    for arch in (variant.arch, "sm80"):
+        backward = find_variant(arch, "backward", variant.dtype, variant.head_dim, feature)
+        if backward is not None:
+            return (backward,)
+    return ()
 
 
 # ---- one pass each: bring the tensors into the kernels' form, launch, bring the results back ----
 
 
-def launch_forward(launcher: int, problem: Problem, outputs: Outputs) -> None:
+def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> None:
     """Fills `outputs`. No size is 0."""
     q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
     width = kernel_width(q.shape[-1], v.shape[-1], groups)
@@ -154,7 +165,7 @@ def launch_forward(launcher: int, problem: Problem, outputs: Outputs) -> None:
     out = writable(outputs.out, width)
     copies = norm and groups > 1
     torch.ops.flash_cosine_sim_attention.launch_forward(
-        launcher,
+        launcher.address,
         q,
         k,
         v,
@@ -177,7 +188,7 @@ def launch_forward(launcher: int, problem: Problem, outputs: Outputs) -> None:
 
 
 def launch_backward(
-    launcher: int, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
+    launcher: Launcher, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
 ) -> None:
     """Fills what is not None of `gradients`. No size is 0."""
     q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
@@ -192,13 +203,11 @@ def launch_backward(
     dscale_rows = None if gradients.dscale is None else workspace(q, q.shape[:-1])
     deterministic = torch.are_deterministic_algorithms_enabled()
     accumulates = (dq is not None or dscale_rows is not None) and not deterministic
-    columns = tile_head_dim(width)
-    assert columns is not None
     padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
     # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it works on unit copies
     copies = norm and (groups > 1 or q.dtype == torch.float16)
     torch.ops.flash_cosine_sim_attention.launch_backward(
-        launcher,
+        launcher.address,
         q,
         k,
         v,
@@ -221,7 +230,7 @@ def launch_backward(
         dbias,
         dscale_rows,
         workspace(q, (*padded_rows, 4)),
-        workspace(q, (*padded_rows, columns)) if accumulates else None,
+        workspace(q, (*padded_rows, launcher.head_dim)) if accumulates else None,
         workspace(q, q.shape, q.dtype) if copies else None,
         workspace(q, k.shape, q.dtype) if copies else None,
         deterministic,

@@ -12,7 +12,7 @@ from ._build import BuildError, cache
 from ._build.spec import LIBRARY, LIBRARY_FOLDER, binding_target
 from ._build.toolchain import Toolchain, find_toolchain
 from .validation import FLOAT_DTYPES
-from .variants import HEAD_DIMS, VARIANTS, dtypes_of
+from .variants import HEAD_DIMS, VARIANTS, dtypes_of, why_none
 
 FUSED = ("sm80", "sm90")
 
@@ -34,7 +34,8 @@ def available(device: torch.device | str | None = None, dtype: torch.dtype = tor
     reasons["sdpa"] = None if device.type == "cpu" else "serves the CPU only"
     for arch in FUSED:
         capability = cuda.capability_of(device)
-        reasons[arch] = cuda.refusal(arch, capability, dtype, HEAD_DIMS[0])
+        name = str(dtype).removeprefix("torch.")
+        reasons[arch] = cuda.refusal(arch, capability) or why_none(arch, "forward", name, HEAD_DIMS[0], "bounded")
         if reasons[arch] is None and capability is not None:
             reasons[arch] = _no_code(capability)
     return reasons

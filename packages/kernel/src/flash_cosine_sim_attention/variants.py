@@ -3,7 +3,7 @@
 The builder compiles it, the adapter (cuda.py) looks launchers up in it, error messages list it, tests walk through it.
 Imports nothing of torch, so that the builder needs none.
 
-To add a head dim or a dtype: its row here, and the tile sizes in the architecture's csrc/<arch>/tile_config.h.
+To add a head dim or a dtype: its row here, and the tile sizes of csrc/<arch>/. A new architecture: a folder and a row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,31 @@ from functools import cache
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 """Head dims with tiles of their own; any multiple of 8 in between runs in the next larger one, zero-filled on chip."""
 
-FEATURES = {"forward": ("bounded", "running_max"), "backward": ("plain", "bias")}
-"""forward: the shift of the softmax, known before the launch, or tracked. backward: without or with a bias."""
+HALF = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All combinations of what it lists.
+
+    Features of a forward: "bounded" (the shift of the softmax is known before the launch), "running_max" (it is tracked;
+    takes a bias). Of a backward: "plain", "bias".
+    """
+
+    arch: str
+    pass_name: str
+    dtypes: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    features: tuple[str, ...]
+
+
+TABLE = (
+    Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max")),
+    Row("sm80", "backward", HALF, HEAD_DIMS, ("plain", "bias")),
+)
+
+ALLOWED_SPILLS: dict[str, int] = {}
+"""Variant name -> bytes of spill that were measured and accepted; every other variant must not spill."""
 
 _ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 _FEATURE_ARGUMENTS = {
@@ -24,8 +47,6 @@ _FEATURE_ARGUMENTS = {
     "plain": "false",
     "bias": "true",
 }
-_ARCHITECTURES: dict[str, tuple[str, ...]] = {"sm80": ("float16", "bfloat16")}
-"""Architecture folder of csrc/ -> the dtypes that it has kernels for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +80,57 @@ class Variant:
 
 
 VARIANTS: tuple[Variant, ...] = tuple(
-    Variant(arch, pass_name, dtype, head_dim, feature)
-    for arch, dtypes in _ARCHITECTURES.items()
-    for pass_name, features in FEATURES.items()
-    for dtype in dtypes
-    for head_dim in HEAD_DIMS
-    for feature in features
+    Variant(row.arch, row.pass_name, dtype, head_dim, feature)
+    for row in TABLE
+    for dtype in row.dtypes
+    for head_dim in row.head_dims
+    for feature in row.features
 )
 
-ALLOWED_SPILLS: dict[str, int] = {}
-"""Variant name -> bytes of spill that were measured and accepted; every other variant must not spill."""
 
-_BY_FIELDS = {(v.arch, v.pass_name, v.dtype, v.head_dim, v.feature): v for v in VARIANTS}
-
-
-def tile_head_dim(head_dim: int) -> int | None:
-    """The smallest compiled head dim that holds `head_dim`; None beyond the largest."""
-    return next((d for d in HEAD_DIMS if d >= head_dim), None)
-
-
-@cache
-def variant_for(arch: str, pass_name: str, dtype: str, head_dim: int, feature: str) -> Variant:
-    """The variant that serves a call. Raises ValueError that lists what is supported where there is none."""
-    tile = tile_head_dim(head_dim)
-    if tile is not None:
-        variant = _BY_FIELDS.get((arch, pass_name, dtype, tile, feature))
-        if variant is not None:
-            return variant
-    raise ValueError(
-        f"no {pass_name} kernel for arch {arch}, dtype {dtype}, head dim {head_dim}, {feature}; {supported()}"
-    )
-
-
-def supported() -> str:
-    """One sentence for error messages."""
-    archs = "; ".join(f"{arch} with {', '.join(dtypes)}" for arch, dtypes in _ARCHITECTURES.items())
-    features = "; ".join(f"{name}: {', '.join(values)}" for name, values in FEATURES.items())
-    return f"compiled kernels: {archs}; head dims up to {HEAD_DIMS[-1]}; {features}"
+def has_pass(arch: str, pass_name: str) -> bool:
+    """Whether an architecture has kernels of its own for a pass."""
+    return any(row.arch == arch and row.pass_name == pass_name for row in TABLE)
 
 
 def dtypes_of(arch: str) -> tuple[str, ...]:
     """The dtypes that an architecture has kernels for; () for an architecture without kernels."""
-    return _ARCHITECTURES.get(arch, ())
+    return tuple(dict.fromkeys(dtype for row in TABLE if row.arch == arch for dtype in row.dtypes))
+
+
+@cache
+def find_variant(arch: str, pass_name: str, dtype: str, head_dim: int, feature: str) -> Variant | None:
+    """The variant with the smallest tile that holds `head_dim`."""
+    fitting = [
+        variant
+        for variant in VARIANTS
+        if (variant.arch, variant.pass_name, variant.dtype, variant.feature) == (arch, pass_name, dtype, feature)
+        and variant.head_dim >= head_dim > 0
+    ]
+    return min(fitting, key=lambda variant: variant.head_dim, default=None)
+
+
+def why_none(arch: str, pass_name: str, dtype: str, head_dim: int, feature: str) -> str | None:
+    """The first of the arguments for which there is no kernel, as a reason that lists what there is; None if one is."""
+    if find_variant(arch, pass_name, dtype, head_dim, feature) is not None:
+        return None
+    rows = [row for row in TABLE if row.arch == arch and row.pass_name == pass_name]
+    if not rows:
+        return f"this version has no {arch} {pass_name} kernels"
+    fitting = [row for row in rows if dtype in row.dtypes]
+    if not fitting:
+        known = ", ".join(dict.fromkeys(known for row in rows for known in row.dtypes))
+        return f"there is no {arch} {pass_name} kernel for {dtype}, only for {known}"
+    if not any(0 < head_dim <= max(row.head_dims) for row in fitting):
+        largest = max(max(row.head_dims) for row in fitting)
+        return f"head dim {head_dim}: the {arch} {pass_name} kernels for {dtype} take 1 to {largest}"
+    features = ", ".join(dict.fromkeys(known for row in fitting for known in row.features))
+    return f"there is no {arch} {pass_name} kernel '{feature}' for {dtype} and head dim {head_dim}, only {features}"
+
+
+def variant_for(arch: str, pass_name: str, dtype: str, head_dim: int, feature: str) -> Variant:
+    """The variant that serves a call. Raises ValueError that lists what is supported where there is none."""
+    variant = find_variant(arch, pass_name, dtype, head_dim, feature)
+    if variant is None:
+        raise ValueError(why_none(arch, pass_name, dtype, head_dim, feature))
+    return variant

@@ -34,7 +34,7 @@ def _command(words: Sequence[str | Path]) -> str:
 _RULES = [
     "ninja_required_version = 1.5",
     "rule compile",
-    "  command = $compiler $flags $includes -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
+    "  command = touch $out.start; $compiler $flags $includes -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
     "  description = $name",
     "rule link",
     "  command = $linker $in -o $out $flags",
@@ -172,13 +172,6 @@ def excerpt(output: list[str], limit: int = 40) -> str:
     telling = re.compile(r"error\s*:|fatal|undefined reference")
     first = next((index for index, line in enumerate(kept) if telling.search(line)), 0)
     return "".join(kept[first : first + limit]).rstrip()
-
-
-def durations(folder: Path) -> dict[str, float]:
-    """Output file -> the seconds that ninja's log says it took."""
-    log = folder / ".ninja_log"
-    rows = [line.split("\t") for line in log.read_text().splitlines()[1:]] if log.exists() else []
-    return {row[3]: (int(row[1]) - int(row[0])) / 1000 for row in rows if len(row) >= 4}
 
 
 def stderr_progress(what: str) -> Progress:

@@ -86,7 +86,7 @@ def _publish(output: Path, path: Path) -> None:
     """Renames within one file system: no other process sees a part of a file."""
     if not output.exists():
         return
-    seconds = ninja.durations(output.parent).get(output.name, 0.0)
+    seconds = output.stat().st_mtime - output.with_suffix(".o.start").stat().st_mtime
     record = output.with_suffix(".json")
     record.write_text(json.dumps({"log": _log_of(output), "seconds": seconds}))
     os.replace(output, path)
