@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -92,6 +93,16 @@ class Sdpa(Baseline):
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
 
 
+@cache
+def import_failure(module: str) -> str | None:
+    """Why `module` cannot be imported, None if it can; tried once."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # what a broken installation raises is not foreseeable
+        return f"cannot import {module}: {type(error).__name__}: {error}"
+    return None
+
+
 class Flash(Baseline):
     """A flash-attention package with (q, k, v, softmax_scale=, causal=) in bnhd."""
 
@@ -103,10 +114,9 @@ class Flash(Baseline):
 
     def check(self, case: Case) -> None:
         super().check(case)
-        try:
-            importlib.import_module(self.module)
-        except Exception as error:  # what a broken installation raises is not foreseeable
-            raise Unsupported(f"cannot import {self.module}: {type(error).__name__}: {error}") from error
+        reason = import_failure(self.module)
+        if reason is not None:
+            raise Unsupported(reason)
 
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
         function, causal = importlib.import_module(self.module).flash_attn_func, inputs.case.causal

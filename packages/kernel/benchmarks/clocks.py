@@ -23,6 +23,7 @@ class Clock(Protocol):
 
     device: torch.device
     name: str
+    warm_up_seconds: float
 
     def stream(self) -> AbstractContextManager[Any]: ...
     def peak_bytes(self, run: Run) -> int | None: ...
@@ -35,7 +36,7 @@ class CpuClock:
     """time.perf_counter around each call."""
 
     def __init__(self) -> None:
-        self.device, self.name = torch.device("cpu"), "perf_counter"
+        self.device, self.name, self.warm_up_seconds = torch.device("cpu"), "perf_counter", 0.0
 
     def stream(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -65,9 +66,9 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device, timer: str = "graph") -> None:
-        self.device, self.name = device, timer
+        self.device, self.name, self.warm_up_seconds = device, timer, 0.05  # an idle GPU clocks down
         self._stream = torch.cuda.Stream(device)
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         self._flush = torch.empty(max(4 * cache, 1 << 28), dtype=torch.uint8, device=device)
 
     def stream(self) -> AbstractContextManager[Any]:
@@ -87,9 +88,16 @@ class CudaClock:
         if self.name == "events":
             return run
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            results = run()
+        graph, failures = torch.cuda.CUDAGraph(), []
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                try:
+                    results = run()
+                except Exception as error:
+                    failures.append(error)
+                    raise
+        except Exception as error:  # the end of a capture that failed raises an error of its own
+            raise (failures or [error])[0] from None
 
         def replay(_results: object = results) -> None:  # holds what the graph writes to
             graph.replay()

@@ -148,7 +148,10 @@ def take_turns(prepared: list[tuple[Record, Run]], settings: Settings) -> None:
         return
     clock, repeats = settings.clock, [repeat for _, repeat in prepared]
     times: list[list[float]] = [[] for _ in repeats]
+    start = time.monotonic()
     clock.time_ms(repeats)
+    while time.monotonic() - start < clock.warm_up_seconds:
+        clock.time_ms(repeats)
     start = time.monotonic()
     for turn in range(settings.num_times):
         order = [(turn + i) % len(repeats) for i in range(len(repeats))]

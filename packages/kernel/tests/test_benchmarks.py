@@ -336,13 +336,42 @@ def test_each_target_is_covered_by_presets():
     assert all(a != b for a, b in pairwise(cells))
 
 
+GPU_RUN = ["--device", "cuda", "--seqs", "128", "--dtype", "fp16", "--dims", "64", "--num-times", "3"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("timer", ["graph", "events"])
-def test_on_a_gpu(tmp_path, timer):
-    arguments = ["--seqs", "128", "--dtype", "fp16", "--dims", "64", "--num-times", "3", "--timer", timer]
-    arguments += ["--peers", "plain,efficient,fa2", "--device", "cuda", "--norms", "eager,none"]
+@pytest.mark.parametrize("single_pass", [[], ["--only-backwards"]])
+def test_on_a_gpu(tmp_path, timer, single_pass):
+    arguments = [*GPU_RUN, *single_pass, "--timer", timer, "--peers", "plain,efficient,fa2", "--norms", "eager,none"]
     status, results = run(tmp_path, *arguments)
     assert status == 0
     assert {(r["status"], r["reason"]) for r in results["records"]} == {("ok", "")}
-    assert all(r["peak_bytes"] > 0 for r in results["records"])
+    assert all(r["peak_bytes"] > 0 and r["ms"] > 0 for r in results["records"])
     assert results["ceilings"]["tflops"] > 0
+
+
+@pytest.mark.gpu
+def test_failed_capture_is_contained(tmp_path, monkeypatch):
+    """A peer that waits for the device cannot be captured: its own reason is shown and the others are timed."""
+
+    def attend(q, k, v):
+        q.sum().item()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=8.0)
+
+    monkeypatch.setitem(baselines.BASELINES, "waits", Fake("waits", attend))
+    status, results = run(tmp_path, *GPU_RUN, "--peers", "waits,plain", "--norms", "eager")
+    assert status == 0
+    by_peer = {r["peer"]: r for r in results["records"] if r["mode"] == "fwd+bwd"}
+    assert {peer: r["status"] for peer, r in by_peer.items()} == {"ours": "ok", "waits": "error", "plain": "ok"}
+    assert "captur" in by_peer["waits"]["reason"]
+
+
+@pytest.mark.gpu
+def test_out_of_memory_is_contained(tmp_path, monkeypatch):
+    def attend(q, k, v):
+        return q + torch.empty(1 << 50, dtype=torch.uint8, device=q.device)
+
+    monkeypatch.setitem(baselines.BASELINES, "full", Fake("full", attend))
+    results = run(tmp_path, *GPU_RUN, "--peers", "full,plain")[1]
+    assert [r["status"] for r in results["records"]] == ["ok", "oom", "ok"] * 2
