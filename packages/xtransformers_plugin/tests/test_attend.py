@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention
-from xtransformers_cosine_sim import AttentionMapsError, enable
+from xtransformers_cosine_sim import AttentionMapsError, counters, enable
 
 GENERATOR = torch.Generator().manual_seed(3)
 
@@ -19,7 +19,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=GENERATOR)
 
 
-def fused_attend(scale: float = 6.0, causal: bool = False, **options: object) -> Attend:
+def fused_attend(scale: float | Tensor = 6.0, causal: bool = False, **options: object) -> Attend:
     attention = Attention(dim=32, heads=4, dim_head=8, causal=causal, **options)
     enable(attention, mode="convert", scale=scale)
     return attention.attend
@@ -73,6 +73,33 @@ def test_fully_masked_rows_are_zero_with_zero_gradients():
     for tensor in tensors:
         assert torch.isfinite(tensor.grad).all()
         assert torch.equal(tensor.grad[1], torch.zeros(4, 6, 8))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_learned_scale_gets_its_gradient(kv_heads, per_head, with_bias):
+    scale = (torch.rand(4 if per_head else 1, generator=GENERATOR) * 8).requires_grad_()
+    q, k, v = random(2, 4, 7, 8), random(2, kv_heads, 9, 8), random(2, kv_heads, 9, 8)
+    bias, upstream = random(4, 7, 9) if with_bias else None, random(2, 4, 7, 8)
+    mask = torch.rand(2, 1, 1, 9, generator=GENERATOR) < 0.7
+    out, _ = fused_attend(scale)(q, k, v, mask=mask, attn_bias=bias)
+    expected = definition(q, k, v, scale.double().reshape(-1, 1, 1), mask, bias)
+    torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=0)
+    (found,) = torch.autograd.grad((out * upstream).sum(), scale)
+    (wanted,) = torch.autograd.grad((expected * upstream).sum(), scale)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_a_learned_scale_on_the_stock_path_of_a_converted_model():
+    scale = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    attention = Attention(dim=32, heads=4, dim_head=8, dropout=0.5)
+    enable(attention, mode="convert", scale=scale, strict=False)
+    attention.attend.attn_dropout.p = 0.0  # attend.dropout alone still counts as active
+    q, k, v = random(2, 4, 7, 8), random(2, 4, 7, 8), random(2, 4, 7, 8)
+    out, _ = attention.attend(q, k, v)
+    torch.testing.assert_close(out.double(), definition(q, k, v, scale.reshape(-1, 1, 1)), atol=4e-6, rtol=0)
+    assert counters(attention).stock == 1
 
 
 def test_an_integer_bias_and_the_padded_zero_key():

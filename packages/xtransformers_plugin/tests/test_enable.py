@@ -137,6 +137,8 @@ def test_the_context_manager_gives_back_what_it_took(language_model, ids):
         ({"mode": "convert"}, TypeError, "scale: mode='convert' needs it"),
         ({"mode": "convert", "scale": "8"}, TypeError, "scale: expected a finite number, got '8'"),
         ({"mode": "convert", "scale": float("inf")}, TypeError, "scale: expected a finite number, got inf"),
+        ({"mode": "convert", "scale": torch.tensor(8)}, TypeError, "expected a tensor of a floating dtype"),
+        ({"mode": "convert", "scale": torch.ones(3)}, ValueError, r"one per head, 4, got shape \(3,\)"),
         ({"mode": "convert", "scale": 8, "groups": 0}, TypeError, "groups: expected a positive int, got 0"),
         ({"mode": "convert", "scale": 8, "groups": True}, TypeError, "groups: expected a positive int, got True"),
         ({"mode": "convert", "scale": 8, "groups": 3}, ValueError, "groups: expected a divisor of the head dim 16"),
@@ -178,6 +180,16 @@ def test_state_dicts_move_between_enabled_and_stock(language_model):
     stock.load_state_dict(enabled_model.state_dict())
     enabled_model.load_state_dict(stock.state_dict())
     assert [name for name, _ in enabled_model.named_parameters()] == [name for name, _ in stock.named_parameters()]
+
+
+def test_a_learned_scale_of_the_model_trains_and_is_copied_with_it(language_model, ids):
+    model = language_model()
+    model.temperature = nn.Parameter(torch.full((4,), 6.0))
+    enable(model, mode="convert", scale=model.temperature)
+    other = copy.deepcopy(model)
+    expected = run(model, lambda m: random_loss(m, ids))
+    assert "temperature" in expected.gradients
+    assert difference(run(other, lambda m: random_loss(m, ids)), expected).within(0)
 
 
 def test_errors_survive_pickling(language_model):

@@ -18,7 +18,7 @@ def fused_attention(
     bias: Tensor | None,
     *,
     causal: bool,
-    scale: float,
+    scale: float | Tensor,
     groups: int,
     l2norm_qk: bool,
     bounded: bool,
@@ -28,7 +28,8 @@ def fused_attention(
     """q (b, h, i, d), k (b, kvh, j, d), v (b, kvh, j, dv) -> (b, h, i, dv); query head a reads kv head a % kvh.
 
     mask: bool, (b, j) or broadcastable to (b, h, i, j), True = attend. bias: broadcastable to (b, h, i, j).
-    bounded=False: |scale * q.k| may exceed scale * groups, a running maximum is tracked.
+    scale: a number, or a tensor of one value or one per query head, with gradient.
+    bounded=False: |scale * q.k| may exceed scale * groups, a running maximum is tracked. It needs a number for scale.
     """
     q, k, v = _one_dtype(q, k, v)
     if mask is not None and mask.ndim == 2:
@@ -37,12 +38,14 @@ def fused_attention(
         k, v, mask, bias = _pad_zero_key(k, v, mask, bias)
     key_mask, pair_mask = _split_mask(mask)
     bias = _merge_into_bias(bias, pair_mask, q.dtype)
-    if not bounded:
+    if not bounded and not isinstance(scale, Tensor):
         q, scale = _claim_a_large_bound(q, scale, groups)
     heads, kv_heads = q.shape[1], k.shape[1]
     tiled = 1 < kv_heads < heads
     if tiled:
         q, k, v, key_mask, bias = _tiled_heads_to_batch(q, k, v, key_mask, bias)
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            return _with_scale_per_head(q, k, v, key_mask, bias, scale, groups, causal, l2norm_qk, backend)
     out = flash_cosine_sim_attention(
         q, k, v, key_mask, bias, scale, groups, causal, l2norm_qk, backend=backend
     )  # fmt: skip
@@ -121,3 +124,19 @@ def _tiled_heads_to_batch(
     elif bias is not None:
         bias = bias.unflatten(1, (-1, kv_heads)).transpose(1, 2)  # (b | 1, kvh, r, i, j)
     return q, k, v, key_mask, bias
+
+
+def _with_scale_per_head(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: Tensor, groups: int,
+    causal: bool, l2norm_qk: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """The same from `_tiled_heads_to_batch` on, for one scale per query head: a batch dim has none, so q is copied."""
+    kv_heads = k.shape[1]
+    per_head = scale.reshape(-1, kv_heads).t().flatten()
+    q, k, v = (x.flatten(1, 2) for x in (q, k, v))  # query head (kvh, r) reads kv head kvh
+    out = flash_cosine_sim_attention(
+        q, k, v, None if key_mask is None else key_mask.squeeze(1), None if bias is None else bias.flatten(1, 2),
+        per_head, groups, causal, l2norm_qk, backend=backend,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2)

@@ -26,7 +26,7 @@ class Layer:
     path: str
     mode: Mode
     strict: bool
-    scale: float | None  # convert mode; accelerate reads attend.scale at every call
+    scale: float | Tensor | None  # convert mode; accelerate reads attend.scale at every call
     groups: int
     bounded: bool  # |q|, |k| per group is at most 1, so that |logit| <= |scale| * groups
     backend: str | None
@@ -78,7 +78,9 @@ class CosineSimAttend(Attend):
         return out, FusedIntermediates(layer.path)
 
 
-def _default_scale(scale: float | None, q: Tensor) -> float:
+def _default_scale(scale: float | Tensor | None, q: Tensor) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        return scale
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
@@ -87,7 +89,9 @@ def _as_qk_norm(q: Tensor, k: Tensor, layer: Layer, stock_scale: float | None) -
     if layer.mode == "accelerate":
         return q, k
     q, k = l2norm_tensors(q, k, groups=layer.groups)
-    return q * (_default_scale(layer.scale, q) / _default_scale(stock_scale, q)), k
+    scale = _default_scale(layer.scale, q)
+    scale = scale.reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
+    return (q * (scale / _default_scale(stock_scale, q))).to(q.dtype), k
 
 
 def check_site(attention: Attention, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention, AttentionLayers
 
@@ -26,7 +26,7 @@ def enable(
     model: nn.Module,
     *,
     mode: Mode = "accelerate",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     groups: int | None = None,
     strict: bool = True,
     layers: LayerFilter = None,
@@ -39,6 +39,7 @@ def enable(
         mode: "accelerate": the model has attn_qk_norm=True and keeps its function. "convert": a regular model becomes
             the qk-norm model of the same weights; its state_dict keeps its keys.
         scale, groups: convert mode only, scale is required there; the bound of the logits is scale * groups.
+            A tensor of one value or one per head is a learned scale: a parameter that you register with the model.
             In accelerate mode both come from the model.
         strict: raise for every layer and every call that is not served. False: leave a refused layer as it is, run a
             refused call on the stock path (of the same function), and count both.
@@ -84,7 +85,7 @@ def enabled(model: nn.Module, **options: object) -> Iterator[nn.Module]:
             _restore(model.get_submodule(path))
 
 
-def check_arguments(mode: str, scale: float | None, groups: int | None) -> None:
+def check_arguments(mode: str, scale: float | Tensor | None, groups: int | None) -> None:
     """What `enable` takes for each mode."""
     if mode not in ("accelerate", "convert"):
         raise ValueError(f"mode: expected 'accelerate' or 'convert', got {mode!r}")
@@ -94,7 +95,10 @@ def check_arguments(mode: str, scale: float | None, groups: int | None) -> None:
         return
     if scale is None:
         raise TypeError("scale: mode='convert' needs it, say scale=10 (the bound of the logits is scale * groups)")
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+    if isinstance(scale, Tensor):
+        if not scale.is_floating_point():
+            raise TypeError(f"scale: expected a tensor of a floating dtype, got {scale.dtype}")
+    elif isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise TypeError(f"scale: expected a finite number, got {scale!r}")
     if groups is not None and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
         raise TypeError(f"groups: expected a positive int, got {groups!r}")
@@ -123,7 +127,7 @@ def _matches(layers: LayerFilter, path: str, attention: Attention) -> bool:
 
 
 def _build(
-    model: nn.Module, path: str, attention: Attention, mode: Mode, scale: float | None, groups: int | None,
+    model: nn.Module, path: str, attention: Attention, mode: Mode, scale: float | Tensor | None, groups: int | None,
     strict: bool, backend: str | None,
 ) -> tuple[Layer, list[Refusal]]:  # fmt: skip
     """The layer's new state and what speaks against it. Reads only."""
@@ -131,11 +135,14 @@ def _build(
     refusals = [verdict.refusal for verdict in verdicts if not verdict.unbounded]
     if mode == "convert":
         refusals += _check_groups(model, path, attention, groups or 1)
+        if isinstance(scale, Tensor) and scale.numel() not in (1, attention.heads):
+            expected = f"expected one value or one per head, {attention.heads}"
+            refusals.append(Refusal(path, "scale", f"{expected}, got shape {tuple(scale.shape)}"))
     layer = Layer(
         path=path,
         mode=mode,
         strict=strict,
-        scale=None if scale is None else float(scale),
+        scale=scale if scale is None or isinstance(scale, Tensor) else float(scale),
         groups=attention.qk_norm_groups if mode == "accelerate" else groups or 1,
         bounded=not any(verdict.unbounded for verdict in verdicts),
         backend=backend,
