@@ -60,9 +60,16 @@ def _why_not_with(bias: Tensor, q: Tensor, mask: Tensor | None) -> str | None:
         return "it makes no gradient of attn_bias in O(n) memory"
     if bias.dtype != q.dtype and not (bias.dtype == torch.float32 and q.element_size() < 4):
         return f"it takes attn_bias in {q.dtype}, got {bias.dtype}"
-    if (bias.shape[0] == 1) != (bias.shape[1] == 1) and q.shape[0] != 1 and q.shape[1] != 1:
+    if not _merges_in_place(bias, q):
         return "it takes no attn_bias that is shared over one of two batch dims"
     return None
+
+
+def _merges_in_place(bias: Tensor, q: Tensor) -> bool:
+    """Whether the two batch dims of the bias become one without a copy of the bias."""
+    if q.shape[0] == 1 or q.shape[1] == 1 or (bias.shape[0] == 1 and bias.shape[1] == 1):
+        return True
+    return bias.shape[0] != 1 and bias.shape[1] != 1 and bias.stride(0) == bias.shape[1] * bias.stride(1)
 
 
 def attention(

@@ -195,13 +195,22 @@ def eager_cosine_sim_attention(
 
 
 def evaluate(
-    function: AttentionFunction, inputs: Inputs, dout: Tensor, dlse: Tensor | None = None, **options: Any
+    function: AttentionFunction,
+    inputs: Inputs,
+    dout: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    constants: tuple[str, ...] = (),
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Forward and backward of function(**inputs, **options): {"out", "lse" if dlse, "dq", "dk", "dv", ...}.
 
     dout: gradient of the output, any shape of its size (cast to its dtype). dlse: that of log-sum-exp; asks for it.
+    constants: names of arguments that need no gradient, such as "attn_bias".
     """
-    leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in inputs.tensors().items()}
+    leaves: dict[str, Any] = {
+        name: x.detach().requires_grad_() for name, x in inputs.tensors().items() if name not in constants
+    }
     returned = function(**replace(inputs, **leaves).arguments(), return_lse=dlse is not None, **options)
     out, lse = returned if isinstance(returned, tuple) else (returned, None)
     total = (out * dout.to(out.dtype).view_as(out)).sum()
@@ -220,16 +229,17 @@ def assert_close_to_reference(
     *,
     lse: bool = False,
     seed: int = 1,
+    constants: tuple[str, ...] = (),
     **options: Any,
 ) -> dict[str, float]:
     """Compare outputs and all gradients of function(**inputs, **options) with the float64 definition.
 
-    lse: also ask for log-sum-exp and send a random gradient through it.
+    lse: also ask for log-sum-exp and send a random gradient through it. constants: names of arguments without gradient.
     Returns {tensor name: largest error / budget}; AssertionError names the tensor, its error and its budget.
     """
     dout, dlse = random_upstream(inputs, seed)
     upstream = (dout, dlse if lse else None)
-    actual = evaluate(function, inputs, *upstream, **options)
+    actual = evaluate(function, inputs, *upstream, constants=constants, **options)
     exact = evaluate(
         plain_cosine_sim_attention, inputs.to(torch.float64), dout, dlse if lse else torch.zeros_like(dlse)
     )
