@@ -91,9 +91,9 @@ def speed_panel(axis: Any, records: list[Record], ceilings: dict[str, float]) ->
 
 
 def tflops_panel(axis: Any, records: list[Record], ceilings: dict[str, float]) -> None:
-    """TFLOP/s, and the roof: the slower of bf16 matrix products at their rate and the fewest bytes at copy speed."""
+    """TFLOP/s, and for half precision the roof: the slower of matrix products at their rate and bytes at copy speed."""
     plot_lines(axis, lines_of(records, lambda r: r["tflops"]))
-    if ceilings:
+    if ceilings and records[0]["dtype"] != "fp32":
         cells: dict[int, tuple[Case, str]] = {r["seq_len"]: (case_of(r), r["mode"]) for r in records}
         roof = [(n, min(ceilings["tflops"], tflops_of_copy(*cells[n], ceilings))) for n in sorted(cells)]
         axis.plot(*zip(*roof, strict=True), "k:", label="roof")
