@@ -21,8 +21,8 @@ HALF = ("float16", "bfloat16")
 class Row:
     """All combinations of what it lists.
 
-    Features of a forward: "bounded" (the shift of the softmax is known before the launch), "running_max" (tracked; takes
-    a bias). Of a backward: "plain", "bias".
+    Features of a forward: "bounded" (the shift of the softmax is known before the launch), "running_max" (tracked; the
+    one that takes a bias). Of a backward: "plain", "bias".
     """
 
     arch: str

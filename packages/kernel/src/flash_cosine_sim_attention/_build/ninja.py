@@ -117,8 +117,9 @@ def run(
     command = [str(toolchain.ninja), "-C", str(folder), "-j", str(jobs or num_jobs())]
     if keep_going:
         command += ["-k", "0"]
-    # NINJA_STATUS makes the progress lines easy to tell from what the compilers say
-    environment = {**os.environ, "NINJA_STATUS": "@ %f %t ", "TERM": "dumb"}
+    # NINJA_STATUS makes the progress lines easy to tell from what the compilers say; nvcc's intermediate files are kept
+    # out of a /tmp that others clean or, in containers with equal process ids, write under the same names
+    environment = {**os.environ, "NINJA_STATUS": "@ %f %t ", "TERM": "dumb", "TMPDIR": str(folder)}
     output: list[str] = []
     with _process(command, environment, timeout) as (process, timed_out):
         assert process.stdout is not None
