@@ -54,6 +54,14 @@ def test_grouped_heads_and_batch_dims(kv_heads, batch):
 @pytest.mark.parametrize("options", [{"groups": 4}, {"l2norm_qk": False}, {"heads": 0}])
 def test_scales_groups_and_forms(scale, options):
     check(make_inputs(nq=40, nk=50, d=16, scale=scale, mask=True, **options))
+    check(make_inputs(nq=40, nk=30, d=16, scale=scale, causal=True, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, -4.0])
+def test_causal_with_a_scale_that_is_not_positive(dtype, scale):
+    """Torch makes NaN or wrong values of it."""
+    check(make_inputs(nq=300, d=16, scale=scale, causal=True, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 40, 50), (1, 2, 40, 50), (2, 1, 1, 50), (1, 1, 40, 1), (1, 2, 1, 1)])

@@ -44,6 +44,10 @@ def assert_within_budget(name: str, actual: Tensor, reference: Tensor, baseline:
     return error / budget if budget else 0.0
 
 
+SUM_ROUNDINGS = 8.0
+"""Rounding of a sum in units of its result: what an order of summation may lose against that of the eager product."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Magnitudes of a problem that its rounding depends on."""
@@ -62,10 +66,10 @@ def rounding_floors(
 ) -> dict[str, float]:
     """{name: floor} for the tensors of `exact`, the float64 results of `testing.evaluate`, which include "lse".
 
-    Two sources, each counted twice: the exponent of P = exp(s - lse), and the terms that cancel in dS.
+    Three sources, each counted twice: the exponent of P = exp(s - lse), the terms that cancel in dS, and the sums.
     """
     cancelled = _cancellation(dtype, setting, exact, dout, dlse)
-    relative = _eps(dtype) * (largest(exact["lse"]) + setting.scale)
+    relative = _eps(dtype) * (largest(exact["lse"]) + setting.scale + SUM_ROUNDINGS)
     return {name: cancelled.get(name, 0.0) + relative * largest(x) for name, x in exact.items()}
 
 

@@ -96,8 +96,11 @@ def attention(
             k, v = (torch.where(mask[:, :, None, :, None], x, 0.0) for x in (k, v))
         if l2norm_qk:
             q, k = l2norm(q, groups), l2norm(k, groups)
+        # Torch hides keys from causal scores with -inf before it multiplies by its scale: that has to be positive.
         if scale is not None:
-            q = (q * scale[:, None, None]).to(q.dtype)
+            q, scale_value = (q * scale[:, None, None]).to(q.dtype), 1.0
+        elif scale_value <= 0:
+            q, scale_value = q * scale_value, 1.0
         num_empty = max(nq - nk, 0) if causal else 0  # leading queries that see no key
         q, k, v = (_rows_contiguous(x.flatten(0, 1)) for x in (q[..., num_empty:, :], k, v))
         out = scaled_dot_product_attention(
@@ -106,7 +109,7 @@ def attention(
             v,
             attn_mask=_mask_of(mask, bias, batch),
             is_causal=causal,
-            scale=scale_value if scale is None else 1.0,
+            scale=scale_value,
             enable_gqa=is_grouped,
         )
         return pad(out, (0, 0, num_empty, 0)).unflatten(0, batch) if num_empty else out.unflatten(0, batch)
