@@ -15,6 +15,8 @@
 
 namespace fcsa::sm80 {
 
+constexpr int kSmallSharedMemory = 99 * 1024;  // of a block, on compute capability 8.6, 8.9 and 12.0
+
 template <class Element>
 cudaError_t launch_unit_copies(const Problem& p, cudaStream_t stream) {
   if (p.q_unit == nullptr) return cudaSuccess;
@@ -39,27 +41,28 @@ cudaError_t launch_dkdv(const BackwardParams& p, cudaStream_t stream) {
 // The tile sizes that the device's shared memory allows.
 template <class Traits>
 cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream) {
-  using Large = BackwardConfig<Traits, false>;
-  using Small = BackwardConfig<Traits, true>;
-  static_assert(sizeof(DkDvStorage<Large>) <= 163 * 1024 && sizeof(DkDvStorage<Small>) <= 99 * 1024);
-  if constexpr (sizeof(DkDvStorage<Large>) <= 99 * 1024) {
-    return launch_dkdv<Large>(p, stream);
-  } else {
+  using Large = BackwardConfig<Traits, false, false>;
+  using LargeAll = BackwardConfig<Traits, false, true>;
+  using Small = BackwardConfig<Traits, true, false>;
+  static_assert(sizeof(DkDvStorage<Large>) <= 163 * 1024 && sizeof(DkDvStorage<Small>) <= kSmallSharedMemory);
+  if constexpr (sizeof(DkDvStorage<Large>) > kSmallSharedMemory) {
     int device = 0, limit = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     if (error != cudaSuccess) return error;
-    if (limit >= static_cast<int>(sizeof(DkDvStorage<Large>))) return launch_dkdv<Large>(p, stream);
-    return launch_dkdv<Small>(p, stream);
+    if (limit < static_cast<int>(sizeof(DkDvStorage<Large>))) return launch_dkdv<Small>(p, stream);
   }
+  const bool scale_in_rows = p.scale != nullptr && p.heads != p.kv_heads;
+  const bool wants_all = p.dk != nullptr && p.dv != nullptr && p.dq_accum != nullptr && !scale_in_rows;
+  return wants_all ? launch_dkdv<LargeAll>(p, stream) : launch_dkdv<Large>(p, stream);
 }
 
 template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
-  static_assert(sizeof(DqStorage<Traits>) <= 99 * 1024 && sizeof(DbiasStorage<Traits>) <= 99 * 1024);
+  static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory && sizeof(DbiasStorage<Traits>) <= kSmallSharedMemory);
   cudaError_t error = launch_unit_copies<typename Traits::Element>(p, stream);
   if (error != cudaSuccess) return error;
   error = backward::launch_preprocess<typename Traits::Element, Traits::kHeadDim>(p, stream);

@@ -52,6 +52,7 @@ struct DkDvWork {
   int key0;         // first key of the block
   int key_limit;    // keys of the block that exist
   int first_q_block, num_q_blocks;  // query blocks that can see a key of the block: per query head
+  int start_q_block;
   int group;        // query heads of the kv head
   bool wants_dk, wants_dv, wants_dq;
 
@@ -66,6 +67,10 @@ struct DkDvWork {
     const int first_query = p.causal ? max(0, key0 - (p.num_keys - p.num_queries)) : 0;
     first_q_block = first_query / Config::kBlockQ;
     num_q_blocks = max(0, ceil_div(p.num_queries, Config::kBlockQ) - first_q_block);
+    start_q_block = first_q_block;
+#ifndef FCSA_NO_ROTATE
+    if (!p.causal && num_q_blocks > 0) start_q_block += key0 / Config::kBlockQ % num_q_blocks;
+#endif
   }
 
   __device__ __forceinline__ TileIndex query_head(const QueryStep& step) const {
@@ -74,11 +79,12 @@ struct DkDvWork {
     return result;
   }
 
-  // The walk: query blocks of the first query head, then of the next.
-  __device__ __forceinline__ QueryStep first() const { return {0, first_q_block}; }
+  // The walk: query blocks of the first query head, then of the next. It starts where the diagonal would be and wraps
+  // round, so that blocks that run together add to different parts of dq.
+  __device__ __forceinline__ QueryStep first() const { return {0, start_q_block}; }
   __device__ __forceinline__ QueryStep after(const QueryStep& step) const {
-    if (step.q_block + 1 < first_q_block + num_q_blocks) return {step.head, step.q_block + 1};
-    return {step.head + 1, first_q_block};
+    const int following = step.q_block + 1 < first_q_block + num_q_blocks ? step.q_block + 1 : first_q_block;
+    return {step.head + (following == start_q_block), following};
   }
 };
 
@@ -90,10 +96,10 @@ __device__ __forceinline__ void load_queries(typename DkDvStorage<Config>::Loop&
   const TileIndex head = work.query_head(step);
   const int query0 = step.q_block * Config::kBlockQ;
   const Rows<Element> q = query_operand<Element>(p, head);
-  copy_tile_async<Config::kThreads>(smem.q[stage], q.base + query0 * q.stride, q.stride, p.num_queries - query0,
+  copy_rows_async<Config::kThreads>(smem.q[stage], q.base + query0 * q.stride, q.stride, p.num_queries - query0,
                                     p.head_dim);
   const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
-  copy_tile_async<Config::kThreads>(smem.dout[stage], dout + query0 * p.dout_strides.row, p.dout_strides.row,
+  copy_rows_async<Config::kThreads>(smem.dout[stage], dout + query0 * p.dout_strides.row, p.dout_strides.row,
                                     p.num_queries - query0, p.head_dim);
 }
 
@@ -111,10 +117,10 @@ __device__ __forceinline__ void load_keys(typename DkDvStorage<Config>::Loop& sm
   const Rows<Element> k = key_operand<Element>(p, work.index);
   const uint8_t* mask = mask_row(p, work.index);
   if (mask != nullptr) mask += work.key0 * p.mask_key;
-  copy_keys_async<Config::kThreads>(smem.k, k.base + work.key0 * k.stride, k.stride, work.key_limit, p.head_dim, mask,
+  copy_rows_async<Config::kThreads>(smem.k, k.base + work.key0 * k.stride, k.stride, work.key_limit, p.head_dim, mask,
                                     p.mask_key);
   const Element* v = static_cast<const Element*>(p.v) + work.index.offset(p.v_strides);
-  copy_keys_async<Config::kThreads>(smem.v, v + work.key0 * p.v_strides.row, p.v_strides.row, work.key_limit,
+  copy_rows_async<Config::kThreads>(smem.v, v + work.key0 * p.v_strides.row, p.v_strides.row, work.key_limit,
                                     p.head_dim, mask, p.mask_key);
 }
 
@@ -141,32 +147,59 @@ struct ThreadKeys {
   __device__ __forceinline__ bool all_visible() const { return visible == (1u << 2 * Config::kKeyTiles) - 1; }
 };
 
-// P^T in place of S^T. query0, key0: of the chunk; rows: its records.
+// The part [part, part + 1) of `parts` of a warp's score columns, (n, c) pairs of n8 tile and column in it.
+template <int kN, class Function>
+__device__ __forceinline__ void for_columns(int part, int parts, Function function) {
+  const int per_part = (2 * kN + parts - 1) / parts;
+#pragma unroll
+  for (int i = 0; i < per_part; ++i) {
+    const int pair = part * per_part + i;
+    if (pair < 2 * kN) function(pair / 2, pair % 2);
+  }
+}
+
+// P^T in place of S^T, in column c of n8 tile n. query0, key0: of the warp's chunk; rows: its records.
 template <class Config, int kN>
-__device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], const BackwardParams& p,
-                                             const ThreadKeys<Config>& keys, const float4* rows, bool has_hidden,
+__device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], int n, int c,
+                                             const ThreadKeys<Config>& keys, const float4* rows,
                                              const BiasReader<typename Config::Element>& bias, int query0, int key0) {
-  const int lane = threadIdx.x % 32, last = p.num_keys - p.num_queries;
+  const int lane = threadIdx.x % 32, column = 8 * n + lane % 4 * 2 + c;
+  const float2 row = *reinterpret_cast<const float2*>(rows + column);  // score, shift
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
+  for (int m = 0; m < Config::kKeyTiles; ++m) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int column = 8 * n + lane % 4 * 2 + c;
-      const float2 row = *reinterpret_cast<const float2*>(rows + column);  // score, shift
-#pragma unroll
-      for (int m = 0; m < Config::kKeyTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[m][n][2 * half + c];
-          const float t = Config::kFoldsNorm ? x * keys.factor[m][half] : x;
-          float shift = row.y;
-          if constexpr (Config::kHasBias) shift += bias(query0 + column, key0 + 16 * m + 8 * half + lane / 4);
-          x = ptx::exp2_approx(fmaf(t, row.x, shift));
-        }
-      }
+    for (int half = 0; half < 2; ++half) {
+      float& x = s[m][n][2 * half + c];
+      const float t = Config::kFoldsNorm ? x * keys.factor[m][half] : x;
+      float shift = row.y;
+      if constexpr (Config::kHasBias) shift += bias(query0 + column, key0 + 16 * m + 8 * half + lane / 4);
+      x = ptx::exp2_approx(fmaf(t, row.x, shift));
     }
   }
-  if (!has_hidden) return;
+}
+
+// dS'^T in place of dP^T, in column c of n8 tile n.
+template <class Config, int kN>
+__device__ __forceinline__ void differentiate(float (&dp)[Config::kKeyTiles][kN][4],
+                                              const float (&p)[Config::kKeyTiles][kN][4], int n, int c,
+                                              const ThreadKeys<Config>& keys, const float4* rows) {
+  const float2 row = reinterpret_cast<const float2*>(rows + 8 * n + threadIdx.x % 4 * 2 + c)[1];  // gradient, offset
+#pragma unroll
+  for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& x = dp[m][n][2 * half + c];
+      x = p[m][n][2 * half + c] * fmaf(x, row.x, row.y);
+      if constexpr (Config::kFoldsNorm) x *= keys.factor[m][half];
+    }
+  }
+}
+
+// P = 0 where a query does not see a key.
+template <class Config, int kN>
+__device__ __forceinline__ void hide(float (&p)[Config::kKeyTiles][kN][4], const ThreadKeys<Config>& keys,
+                                     const BackwardParams& params, int query0, int key0) {
+  const int lane = threadIdx.x % 32, last = params.num_keys - params.num_queries;
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -174,31 +207,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int query = query0 + 8 * n + lane % 4 * 2 + r % 2, key = key0 + 16 * m + r / 2 * 8 + lane / 4;
-        const bool visible = (keys.visible >> (2 * m + r / 2) & 1) && (!p.causal || key <= query + last);
-        if (!visible) s[m][n][r] = 0.0f;
-      }
-    }
-  }
-}
-
-// dS'^T in place of dP^T.
-template <class Config, int kN>
-__device__ __forceinline__ void differentiate(float (&dp)[Config::kKeyTiles][kN][4],
-                                              const float (&p)[Config::kKeyTiles][kN][4],
-                                              const ThreadKeys<Config>& keys, const float4* rows) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float2 row = reinterpret_cast<const float2*>(rows + 8 * n + threadIdx.x % 4 * 2 + c)[1];  // gradient, offset
-#pragma unroll
-      for (int m = 0; m < Config::kKeyTiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = dp[m][n][2 * half + c];
-          x = p[m][n][2 * half + c] * fmaf(x, row.x, row.y);
-          if constexpr (Config::kFoldsNorm) x *= keys.factor[m][half];
-        }
+        const bool visible = (keys.visible >> (2 * m + r / 2) & 1) && (!params.causal || key <= query + last);
+        if (!visible) p[m][n][r] = 0.0f;
       }
     }
   }
@@ -316,12 +326,77 @@ __device__ __forceinline__ void accumulate_other_parts(const typename DkDvStorag
   }
 }
 
+// What one warp does with kChunkQ queries from `row` of the query block on: their P and dS' with its keys, added to dv
+// and dk, and stored for other warps. The products and the arithmetic beside them are interleaved by hand, in the order
+// in which they may run.
+template <class Config>
+__device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::Loop& smem, int stage, int row,
+                                                 float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                                 float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                                 const BackwardParams& params, const DkDvWork<Config>& work,
+                                                 const ThreadKeys<Config>& keys,
+                                                 const BiasReader<typename Config::Element>& bias, bool has_hidden,
+                                                 bool wants_dk, int query0, int first_key, int part) {
+  using Element = typename Config::Element;
+  using Storage = DkDvStorage<Config>;
+  using QueryTile = typename Storage::QueryTile;
+  using KeyTile = typename Storage::KeyTile;
+  constexpr int kN = Config::kChunkQ / 8, kSteps = kN / 2, kPairs = Config::kColumnPairs;
+  const float4* rows = smem.query_rows + row;
+  const int key0 = work.key0 + first_key;
+  const bool wants_dv = Config::kAll || work.wants_dv, wants_ds = Config::kAll || wants_dk || work.wants_dq;
+  float p[Config::kKeyTiles][kN][4], ds[Config::kKeyTiles][kN][4];
+  uint32_t p_operand[kSteps][Config::kKeyTiles][4], ds_operand[kSteps][Config::kKeyTiles][4];
+
+  set_zero(p);
+  multiply_rows<Element, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
+                                           ChunksReader<QueryTile>(smem.q[stage], row, 0));
+  const auto exponentiate_part = [&](int i, int parts) {
+    for_columns<kN>(i, parts, [&](int n, int c) {
+      exponentiate<Config>(p, n, c, keys, rows, bias, query0 + row, key0);
+    });
+  };
+  set_zero(ds);
+  if (wants_ds) {
+    multiply_rows<Element, Config::kHeadDim>(ds, RowsReader<KeyTile>(smem.v, first_key, 0),
+                                             ChunksReader<QueryTile>(smem.dout[stage], row, 0), exponentiate_part);
+  } else {
+    exponentiate_part(0, 1);
+  }
+  if (has_hidden) hide<Config>(p, keys, params, query0 + row, key0);
+
+  to_operand<Element>(p_operand, p);
+  if constexpr (Config::kSplit > 1) store_operand(smem.p, p_operand, first_key, row);
+  const auto differentiate_part = [&](int i, int parts) {
+    for_columns<kN>(i, parts, [&](int n, int c) { differentiate<Config>(ds, p, n, c, keys, rows); });
+  };
+  if (wants_dv) {
+    const RowsReader<QueryTile> dout(smem.dout[stage], row, 2 * part);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      multiply_step<Element, Config::kSplit>(dv, p_operand[i], dout, 16 * i, [&](int pair, int) {
+        differentiate_part(i * kPairs + pair, kSteps * kPairs);
+      });
+    }
+  } else {
+    differentiate_part(0, 1);
+  }
+  if (!wants_ds) return;
+  to_operand<Element>(ds_operand, ds);
+  store_operand(smem.ds, ds_operand, first_key, row);
+  if (Config::kAll || wants_dk) {
+    const RowsReader<QueryTile> q(smem.q[stage], row, 2 * part);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) multiply_step<Element, Config::kSplit>(dk, ds_operand[i], q, 16 * i);
+  }
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     backward_dkdv_kernel(const __grid_constant__ BackwardParams params) {
   using Element = typename Config::Element;
   using Storage = DkDvStorage<Config>;
-  constexpr int kColumns = 2 * Config::kColumnPairs, kScoreTiles = Config::kChunkQ / 8;
+  constexpr int kColumns = 2 * Config::kColumnPairs;
   extern __shared__ __align__(128) char shared_memory[];
   Storage& storage = *reinterpret_cast<Storage*>(shared_memory);
   typename Storage::Loop& smem = storage.loop;
@@ -339,7 +414,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   }
   ptx::cp_async_commit();
   const ThreadKeys<Config> keys(params, work, first_key);
-  const RowsReader<typename Storage::KeyTile> k(smem.k, first_key, 0), v(smem.v, first_key, 0);
   float dk[Config::kKeyTiles][kColumns][4], dv[Config::kKeyTiles][kColumns][4];
   set_zero(dk);
   set_zero(dv);
@@ -359,49 +433,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     const bool on_diagonal =
         params.causal && work.key0 + Config::kBlockK - 1 > query0 + params.num_keys - params.num_queries;
     const bool has_hidden = on_diagonal || !keys.all_visible();
-    const bool wants_dk = work.wants_dk && head_scale(params, head.head) != 0.0f;
+    const bool wants_dk = Config::kAll || (work.wants_dk && head_scale(params, head.head) != 0.0f);
     const BiasReader<Element> bias(params, head);
 #pragma unroll 1
     for (int row = part * Config::kPartQ; row < (part + 1) * Config::kPartQ; row += Config::kChunkQ) {
-      float s[Config::kKeyTiles][kScoreTiles][4], dp[Config::kKeyTiles][kScoreTiles][4];
-      uint32_t operand[kScoreTiles / 2][Config::kKeyTiles][4];
-      set_zero(s);
-      multiply_rows<Element, Config::kHeadDim>(s, k, ChunksReader<typename Storage::QueryTile>(smem.q[stage], row, 0));
-      exponentiate<Config>(s, params, keys, smem.query_rows + row, has_hidden, bias, query0 + row,
-                           work.key0 + first_key);
-      to_operand<Element>(operand, s);
-      if constexpr (Config::kSplit > 1) store_operand(smem.p, operand, first_key, row);
-      if (work.wants_dv) {
-        const RowsReader<typename Storage::QueryTile> dout(smem.dout[stage], row, 2 * part);
-#pragma unroll
-        for (int i = 0; i < kScoreTiles / 2; ++i) multiply_step<Element, Config::kSplit>(dv, operand[i], dout, 16 * i);
-      }
-      if (!wants_dk && !work.wants_dq) continue;
-
-      set_zero(dp);
-      multiply_rows<Element, Config::kHeadDim>(dp, v,
-                                               ChunksReader<typename Storage::QueryTile>(smem.dout[stage], row, 0));
-      differentiate<Config>(dp, s, keys, smem.query_rows + row);
-      to_operand<Element>(operand, dp);
-      store_operand(smem.ds, operand, first_key, row);
-      if (wants_dk) {
-        const RowsReader<typename Storage::QueryTile> q(smem.q[stage], row, 2 * part);
-#pragma unroll
-        for (int i = 0; i < kScoreTiles / 2; ++i) multiply_step<Element, Config::kSplit>(dk, operand[i], q, 16 * i);
-      }
+      accumulate_chunk<Config>(smem, stage, row, dk, dv, params, work, keys, bias, has_hidden, wants_dk, query0,
+                               first_key, part);
     }
 
     __syncthreads();  // P and dS' of all warps are there; nobody reads the row records any more
     if (!is_last) load_query_rows<Config>(smem, params, work, next);
     if constexpr (Config::kSplit > 1) {
-      accumulate_other_parts<Config>(smem, stage, dk, dv, wants_dk, work.wants_dv, first_key, part);
+      accumulate_other_parts<Config>(smem, stage, dk, dv, wants_dk, Config::kAll || work.wants_dv, first_key, part);
     }
     if constexpr (Config::kStages == 1) {
       __syncthreads();  // nobody reads q and dout any more
       if (!is_last) load_queries<Config>(smem, params, work, next, 0);
     }
     ptx::cp_async_commit();
-    if (work.wants_dq) accumulate_dq<Config>(smem, dq_accum_block<Config>(params, head, step.q_block));
+    if (Config::kAll || work.wants_dq) accumulate_dq<Config>(smem, dq_accum_block<Config>(params, head, step.q_block));
   }
   __syncthreads();
   write_dk_dv<Config>(storage.epilogue, params, work, dk, dv, first_key, part);

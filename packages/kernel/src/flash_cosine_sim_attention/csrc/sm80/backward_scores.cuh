@@ -33,9 +33,9 @@ struct ScoreBlock {
   static __device__ __forceinline__ void load_queries(Smem& smem, const BackwardParams& p, const TileIndex& head,
                                                       int query0) {
     const Rows<Element> q = query_operand<Element>(p, head);
-    copy_tile_async<kThreads>(smem.q, q.base + query0 * q.stride, q.stride, p.num_queries - query0, p.head_dim);
+    copy_rows_async<kThreads>(smem.q, q.base + query0 * q.stride, q.stride, p.num_queries - query0, p.head_dim);
     const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
-    copy_tile_async<kThreads>(smem.dout, dout + query0 * p.dout_strides.row, p.dout_strides.row,
+    copy_rows_async<kThreads>(smem.dout, dout + query0 * p.dout_strides.row, p.dout_strides.row,
                               p.num_queries - query0, p.head_dim);
     const int64_t row = head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0;
     copy_query_rows_async(smem.query_rows, p.query_rows + row);
@@ -48,8 +48,8 @@ struct ScoreBlock {
     const int num_keys = p.num_keys - key0;
     const uint8_t* mask = mask_row(p, kv_head);
     if (mask != nullptr) mask += key0 * p.mask_key;
-    copy_keys_async<kThreads>(smem.k, k.base + key0 * k.stride, k.stride, num_keys, p.head_dim, mask, p.mask_key);
-    copy_keys_async<kThreads>(smem.v, v + key0 * p.v_strides.row, p.v_strides.row, num_keys, p.head_dim, mask,
+    copy_rows_async<kThreads>(smem.k, k.base + key0 * k.stride, k.stride, num_keys, p.head_dim, mask, p.mask_key);
+    copy_rows_async<kThreads>(smem.v, v + key0 * p.v_strides.row, p.v_strides.row, num_keys, p.head_dim, mask,
                               p.mask_key);
     if (threadIdx.x >= kKeys) return;
     const int key = threadIdx.x;

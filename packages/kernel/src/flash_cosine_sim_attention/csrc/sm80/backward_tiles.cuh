@@ -23,10 +23,15 @@ __device__ __forceinline__ void set_zero(float (&acc)[kM][kN][4]) {
   }
 }
 
-// acc += A B^T over kDepth columns; A and B stored row by row, A's rows in steps of 16, B's in steps of 8.
-template <class Element, int kDepth, int kM, int kN, class TileA, class TileB>
+struct DoNothing {
+  __device__ __forceinline__ void operator()(int, int) const {}
+};
+
+// acc += A B^T over kDepth columns; A and B stored row by row, A's rows in steps of 16, B's in steps of 8. `between` is
+// called as between(step, number of steps) after each k16 step: independent arithmetic that is to run beside the products.
+template <class Element, int kDepth, int kM, int kN, class TileA, class TileB, class Between = DoNothing>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kN][4], const RowsReader<TileA>& a,
-                                              const ChunksReader<TileB>& b) {
+                                              const ChunksReader<TileB>& b, Between between = {}) {
 #pragma unroll
   for (int chunk = 0; chunk < kDepth / 8; chunk += 2) {
     uint32_t fragment_a[kM][4];
@@ -42,13 +47,15 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kN][4], const Row
         ptx::mma_16816<Element>(acc[m][n + 1], fragment_a[m], fragment_b[2], fragment_b[3]);
       }
     }
+    between(chunk / 2, kDepth / 16);
   }
 }
 
-// acc += A B for one k16 step; B stored [k][n], its 16-column groups kGroupStep apart.
-template <class Element, int kGroupStep, int kM, int kN, class TileB>
+// acc += A B for one k16 step; B stored [k][n], its 16-column groups kGroupStep apart. between(pair, number of pairs) is
+// called after each pair of columns tiles.
+template <class Element, int kGroupStep, int kM, int kN, class TileB, class Between = DoNothing>
 __device__ __forceinline__ void multiply_step(float (&acc)[kM][kN][4], const uint32_t (&a)[kM][4],
-                                              const RowsReader<TileB>& b, int row) {
+                                              const RowsReader<TileB>& b, int row, Between between = {}) {
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
     uint32_t fragment_b[4];
@@ -58,6 +65,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[kM][kN][4], const uin
       ptx::mma_16816<Element>(acc[m][n], a[m], fragment_b[0], fragment_b[1]);
       ptx::mma_16816<Element>(acc[m][n + 1], a[m], fragment_b[2], fragment_b[3]);
     }
+    between(n / 2, kN / 2);
   }
 }
 
@@ -74,38 +82,50 @@ __device__ __forceinline__ void to_operand(uint32_t (&operand)[kN / 2][kM][4], c
   }
 }
 
-// Operands of a warp into a tile at (row0 + 16 m, column0 + 16 step).
+// Operands of a warp into a tile at (row0 + 16 m, column0 + 16 step). row0 is a multiple of 8; no bit is set both in
+// column0 / 8 and in the index of an operand's 16-byte chunk.
 template <class Tile, int kSteps, int kM>
-__device__ __forceinline__ void store_operand(Tile& tile, const uint32_t (&operand)[kSteps][kM][4], int row0,
+__device__ __forceinline__ void store_operand(const Tile& tile, const uint32_t (&operand)[kSteps][kM][4], int row0,
                                               int column0) {
+  static_assert(2 * kSteps <= Tile::kChunksPerPanelRow);
   const int lane = threadIdx.x % 32;
+  const uint32_t base = tile.chunk_address(row0 + lane / 4, column0 / 8) + lane % 4 * 4;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int row = row0 + 16 * m + lane / 4 + r % 2 * 8;
-        const int column = column0 + 16 * step + r / 2 * 8 + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(&tile.at(row, column)) = operand[step][m][r];
+        const uint32_t offset = (16 * m + r % 2 * 8) * Tile::kPanelCols * 2;
+        ptx::store_shared(base ^ (2 * step + r / 2) * 16, offset, operand[step][m][r]);
       }
     }
   }
 }
 
-// As copy_tile_async, for rows of keys: masked ones become zero without being read, so that what they hold never
-// meets a product. visible: nullptr, or the mask at the first row.
+// Copies rows [0, kRows) from `source` (row 0, column 0) into a tile with cp.async (not committed). Every thread keeps one
+// 16-byte column of each panel. Rows from num_rows on, columns from num_cols (a multiple of 8) on, and rows that are not
+// visible become zero without being read, so that what a masked key holds never meets a product.
 template <int kThreads, class Tile>
-__device__ __forceinline__ void copy_keys_async(Tile& tile, const typename Tile::Element* global, int64_t row_stride,
-                                                int num_rows, int num_cols, const uint8_t* visible,
-                                                int64_t visible_stride) {
-  constexpr int kChunksPerRow = Tile::kCols / 8;
-  for (int index = threadIdx.x; index < Tile::kRows * kChunksPerRow; index += kThreads) {
-    const int row = index / kChunksPerRow, chunk = index % kChunksPerRow;
-    bool valid = row < num_rows && chunk * 8 < num_cols;
-    if (valid && visible != nullptr) valid = visible[row * visible_stride] != 0;
-    const typename Tile::Element* source = valid ? global + row * row_stride + chunk * 8 : global;
-    ptx::cp_async_16(tile.chunk_address(row, chunk), source, valid);
+__device__ __forceinline__ void copy_rows_async(const Tile& tile, const typename Tile::Element* source,
+                                                int64_t row_stride, int num_rows, int num_cols,
+                                                const uint8_t* visible = nullptr, int64_t visible_stride = 0) {
+  constexpr int kChunks = Tile::kChunksPerPanelRow, kRowStep = kThreads / kChunks;
+  static_assert(kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0, "the swizzle of a thread's rows is one constant");
+  const int first_row = threadIdx.x / kChunks, column = threadIdx.x % kChunks * 8;
+  const uint32_t target = tile.chunk_address(first_row, column / 8);
+  source += first_row * row_stride + column;
+#pragma unroll
+  for (int row = 0; row < Tile::kRows; row += kRowStep) {
+    bool valid = first_row + row < num_rows;
+    if (valid && visible != nullptr) valid = visible[(first_row + row) * visible_stride] != 0;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kCols / Tile::kPanelCols; ++panel) {
+      const int offset = (panel * Tile::kRows + row) * Tile::kPanelCols * 2;
+      ptx::cp_async_16(target + offset, source + panel * Tile::kPanelCols,
+                       valid && panel * Tile::kPanelCols + column < num_cols);
+    }
+    source += kRowStep * row_stride;
   }
 }
 

@@ -51,8 +51,10 @@ struct BackwardTraits {
   static constexpr bool kFoldsNorm = std::is_same_v<Element, __nv_bfloat16>;
 };
 
-template <class Traits, bool kSmall>
+// kAll: dq, dk and dv are all wanted and no head of scale 0 has to be skipped, so that no branch parts the products.
+template <class Traits, bool kSmall, bool kAll_>
 struct BackwardConfig : Traits {
+  static constexpr bool kAll = kAll_;
   using typename Traits::Element;
   using Traits::kHeadDim;
   static constexpr BackwardTile kTile = kSmall ? small_backward_tile(kHeadDim) : backward_tile(kHeadDim);
