@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import backends, ops, sdpa  # noqa: F401  (ops defines the operators)
+from . import backends, ops, sdpa
 from .problem import canonicalize, restore
 from .reference import plain_cosine_sim_attention
 from .validation import check_unit_norm, validate
@@ -85,7 +85,7 @@ def flash_cosine_sim_attention(
     fields = canonicalize(q, k, v, mask, attn_bias, scale, attn_bias_batch_dim)
     if backends.uses_sdpa(*fields[:5], causal, return_lse, backend):
         return restore(sdpa.attention(*fields, groups, causal, l2norm_qk), q)
-    out, lse, _, _ = torch.ops.flash_cosine_sim_attention.forward(*fields, groups, causal, l2norm_qk, backend or "")
+    out, lse, _, _ = ops.forward(*fields, groups, causal, l2norm_qk, backend or "")
     out = restore(out, q)
     return (out, restore(lse, q)) if return_lse else out
 
