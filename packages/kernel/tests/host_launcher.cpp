@@ -127,7 +127,9 @@ cudaError_t forward(const fcsa::ForwardParams& p, bool bounded) {
   const double bound = p.scale != nullptr ? kInfinity : std::abs(double(p.scale_value)) * p.groups;
   if (bounded && (p.bias != nullptr || p.scale != nullptr || std::abs(p.bound - bound) > 1e-4)) return cudaErrorInvalidValue;
   if (p.l2norm_qk != (p.q_rnorm != nullptr) || p.l2norm_qk != (p.k_rnorm != nullptr)) return cudaErrorInvalidValue;
-  if (fill_workspaces<Element>(p, p.l2norm_qk && p.groups > 1) != cudaSuccess) return cudaErrorInvalidValue;
+  constexpr bool kSplit = std::is_same_v<Element, float>;
+  if (fill_workspaces<Element>(p, kSplit || (p.l2norm_qk && p.groups > 1)) != cudaSuccess) return cudaErrorInvalidValue;
+  if (kSplit != (p.v_split != nullptr) || kSplit != (p.v_largest != nullptr)) return cudaErrorInvalidValue;
   if (p.l2norm_qk) {
     each_row(p, p.heads, p.num_queries, [&](Row r) {
       const auto rnorm = chunk_rnorms(p, values<Element>(p.q, p.q_strides, r, p.head_dim));

@@ -22,9 +22,10 @@ from .kernel_form import kernel_bias, kernel_width, readable, workspace, writabl
 from .problem import Gradients, Outputs, Problem
 from .variants import Variant, find_variant, has_pass, variant_for, why_none
 
-BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0, torch.float32: 70.0}
+BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0}
 """The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
-probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09)."""
+probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09). float32 multiplies with
+two halves, whose 22 bits need each row's own maximum."""
 
 _warned: set[str] = set()
 
@@ -137,7 +138,7 @@ def _warn_once(reason: str) -> None:
 def _feature(pass_name: str, problem: Problem) -> str:
     if pass_name == "backward":
         return "plain" if problem.bias is None else "bias"
-    bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, 0.0)
+    bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
 
 
@@ -163,7 +164,8 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     width = kernel_width(q.shape[-1], v.shape[-1], groups)
     q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
     out = writable(outputs.out, width)
-    copies = norm and groups > 1
+    split = q.dtype == torch.float32  # into two halves: q, k (normalised on the way) and v
+    copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(
         launcher.address,
         q,
@@ -183,6 +185,8 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         outputs.k_rnorm if norm else None,
         workspace(q, q.shape, q.dtype) if copies else None,
         workspace(q, k.shape, q.dtype) if copies else None,
+        workspace(q, v.shape, q.dtype) if split else None,
+        workspace(q, v.shape[:3]) if split else None,
     )
     write_back(out, outputs.out)
 

@@ -34,13 +34,14 @@ class Row:
 
 TABLE = (
     Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max")),
+    Row("sm80", "forward", ("float32",), HEAD_DIMS[:4], ("running_max",)),
     Row("sm80", "backward", HALF, HEAD_DIMS, ("plain", "bias")),
 )
 
 ALLOWED_SPILLS: dict[str, int] = {}
 """Variant name -> bytes of spill that were measured and accepted; every other variant must not spill."""
 
-_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 _FEATURE_ARGUMENTS = {
     "bounded": "fcsa::Softmax::kBounded",
     "running_max": "fcsa::Softmax::kRunningMax",

@@ -43,6 +43,7 @@ struct Problem {
 
   // Workspaces for normalised copies of q and k, contiguous (b0, b1, h, i, d) and (b0, b1, hk, j, d), dtype of q.
   // Given where the norm is not folded into fp32 factors (groups > 1, or a kernel that wants it so); else nullptr.
+  // float32: always given, and holds split copies (norm/split.cuh) in the same number of bytes.
   void* q_unit;
   void* k_unit;
 };
@@ -54,6 +55,10 @@ struct ForwardParams : Problem {
   float* q_rnorm;  // (b0, b1, h, i, groups) contiguous: 1 / max(|q|_group, 1e-12); nullptr unless l2norm_qk
   float* k_rnorm;  // (b0, b1, hk, j, groups)
   float bound;     // B with |logit| <= B where the softmax is bounded; unused by the running maximum
+
+  // Workspaces of float32: v in split form, (b0, b1, hk, j, d) float's worth of bytes, and max |v|, (b0, b1, hk).
+  void* v_split;
+  float* v_largest;
 };
 
 struct BackwardParams : Problem {

@@ -235,7 +235,7 @@ void launch(int64_t address, const Params& params, const Tensor& q, const char* 
 void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
                     OptionalTensor scale, double scale_value, double bound, int64_t groups, bool causal, bool l2norm_qk,
                     Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
-                    OptionalTensor k_unit) {
+                    OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::ForwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
@@ -244,6 +244,8 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
   p.q_rnorm = float_data("q_rnorm", q_rnorm, q, {s.b0, s.b1, s.heads, s.queries, s.groups});
   p.k_rnorm = float_data("k_rnorm", k_rnorm, q, {s.b0, s.b1, s.kv_heads, s.keys, s.groups});
   p.bound = static_cast<float>(bound);
+  p.v_split = unit_data("v_split", v_split, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
+  p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
   launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
 }
 
@@ -283,7 +285,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
   m.def(
       "launch_forward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, Tensor(a!) out, Tensor(b!) lse, "
-      "Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit) -> ()");
+      "Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
+      "Tensor(h!)? v_largest) -> ()");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, int groups, bool causal, bool l2norm_qk, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "

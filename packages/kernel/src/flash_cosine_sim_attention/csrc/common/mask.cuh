@@ -52,13 +52,15 @@ class KeyMask {
     }
   }
 
-  // The first tile from `tile` on that has a visible key, and its bits; `tile` is prefetched. num_tiles or more: none.
+  // The first tile from `tile` on, which is prefetched, that has a visible key, and its bits; its successor is
+  // prefetched. num_tiles or more: there is none.
   __device__ __forceinline__ int next_visible(int tile, int num_tiles, KeyBits<kBlockN>& bits) {
     bits = this->bits();
+    prefetch(tile + 1);
 #pragma unroll 1
     while (tile < num_tiles && bits.none()) {
-      prefetch(++tile);
       bits = this->bits();
+      prefetch(++tile + 1);
     }
     return tile;
   }

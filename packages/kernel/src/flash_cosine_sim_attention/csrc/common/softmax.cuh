@@ -32,8 +32,9 @@ __device__ __forceinline__ float bounded_shift(float bound) {
 // reaches 2^8, harmless in every format, and after the first tiles of a row the rescaling all but disappears.
 constexpr float kRescaleThreshold = 8.0f;
 
-// The state of kTiles * 16 rows, of which this thread sees two a tile.
-template <Softmax kSoftmax, int kTiles>
+// The state of kTiles * 16 rows, of which this thread sees two a tile. With the running maximum P is 2^kHeadroom where x
+// is the maximum that the shift was taken from: P that is split into two halves uses their range.
+template <Softmax kSoftmax, int kTiles, int kHeadroom = 0>
 struct SoftmaxRows {
   float sum[kTiles][2];    // of this thread's columns only, until finish()
   float shift[kTiles][2];  // base 2; -inf: no visible key so far
@@ -62,17 +63,17 @@ struct SoftmaxRows {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) any |= maximum[m][half] > shift[m][half] + kRescaleThreshold;
+      for (int half = 0; half < 2; ++half) any |= maximum[m][half] > shift[m][half] + (kHeadroom + kRescaleThreshold);
     }
     if (!__any_sync(0xffffffffu, any)) return false;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float old_shift = shift[m][half];
-        const bool raised = maximum[m][half] > old_shift;
-        factor[m][half] = raised ? exp2f(old_shift - maximum[m][half]) : 1.0f;
-        shift[m][half] = raised ? maximum[m][half] : old_shift;
+        const float old_shift = shift[m][half], new_shift = maximum[m][half] - kHeadroom;
+        const bool raised = new_shift > old_shift;
+        factor[m][half] = raised ? exp2f(old_shift - new_shift) : 1.0f;
+        shift[m][half] = raised ? new_shift : old_shift;
         sum[m][half] *= factor[m][half];
       }
     }

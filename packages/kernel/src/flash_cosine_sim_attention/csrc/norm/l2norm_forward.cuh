@@ -9,6 +9,7 @@
 #include "../common/reduce.cuh"
 #include "../common/tile_index.cuh"
 #include "../common/vectorized.cuh"
+#include "split.cuh"
 
 namespace fcsa {
 
@@ -17,7 +18,8 @@ struct L2NormParams {
   Strides x_strides;
   int32_t b0, b1, heads, rows, head_dim, groups;
   float* rnorm;  // (b0, b1, heads, rows, groups) contiguous, or nullptr
-  void* unit;    // (b0, b1, heads, rows, d) contiguous, or nullptr
+  void* unit;    // (b0, b1, heads, rows, d) contiguous, or nullptr; with SplitHalf (..., 2 d) halves, times kUnitScale
+  bool normalize = true;  // false: x is of unit norm already and goes into the copy as it is; rnorm is not written
 };
 
 inline L2NormParams q_norm_params(const Problem& p, float* rnorm, void* unit) {
@@ -102,9 +104,12 @@ __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormPa
   for (int step = 0; step < kRowsPerThread; ++step) {
     const int row = row0 + step * kRowsPerStep;
     const bool valid = row < p.rows;
-    float* rnorm = p.rnorm == nullptr || !valid ? nullptr : p.rnorm + (first_row + row) * p.groups;
+    float* rnorm = p.rnorm == nullptr || !valid || !p.normalize ? nullptr : p.rnorm + (first_row + row) * p.groups;
     float factor[8];
-    if (p.groups == 1) {
+    if (!p.normalize) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) factor[c] = 1.0f;
+    } else if (p.groups == 1) {
       float sum = 0.0f;
 #pragma unroll
       for (int c = 0; c < 8; ++c) sum += values[step][c] * values[step][c];
@@ -118,8 +123,13 @@ __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormPa
     }
     if (p.unit == nullptr || !in_row || !valid) continue;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) values[step][c] *= factor[c];
-    store8(static_cast<Unit*>(p.unit) + (first_row + row) * p.head_dim + lane_in_row * 8, values[step]);
+    for (int c = 0; c < 8; ++c) values[step][c] *= std::is_same_v<Unit, SplitHalf> ? factor[c] * kUnitScale : factor[c];
+    if constexpr (std::is_same_v<Unit, SplitHalf>) {
+      __half* split_row = static_cast<__half*>(p.unit) + (first_row + row) * 2 * p.head_dim;
+      store_split8(split_row, lane_in_row * 8, p.head_dim, values[step]);
+    } else {
+      store8(static_cast<Unit*>(p.unit) + (first_row + row) * p.head_dim + lane_in_row * 8, values[step]);
+    }
   }
 }
 
@@ -135,7 +145,7 @@ cudaError_t launch(const L2NormParams& p, cudaStream_t stream) {
 
 }  // namespace norm
 
-// head_dim: a multiple of 8 up to 256. Unit: the type of p.unit.
+// head_dim: a multiple of 8 up to 256. Unit: the type of p.unit, or SplitHalf.
 template <class Element, class Unit = Element>
 cudaError_t launch_l2norm_forward(const L2NormParams& p, cudaStream_t stream) {
   if (p.head_dim <= 32) return norm::launch<Element, Unit, 4>(p, stream);

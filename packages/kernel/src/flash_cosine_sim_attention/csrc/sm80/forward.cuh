@@ -13,8 +13,8 @@ cudaError_t allow_shared_memory(int bytes) {
   static std::atomic<uint64_t> allowed{0};  // a bit a device
   int device = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device < 64 && (allowed.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((allowed.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
   const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
   return error;
@@ -33,43 +33,70 @@ cudaError_t launch_norms(const ForwardParams& p, cudaStream_t stream) {
   return launch_l2norm_forward<Element>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
 }
 
-inline Strides contiguous_strides(const Problem& p, int64_t num_heads, int64_t num_rows) {
-  const int64_t head = num_rows * p.head_dim;
-  return {p.b1 * num_heads * head, num_heads * head, head, p.head_dim};
+// Split copies of unit q and k, and of v.
+inline cudaError_t launch_splits(const ForwardParams& p, cudaStream_t stream) {
+  if (p.q_unit == nullptr || p.k_unit == nullptr || p.v_split == nullptr || p.v_largest == nullptr)
+    return cudaErrorInvalidValue;
+  L2NormParams q = q_norm_params(p, p.q_rnorm, p.q_unit), k = k_norm_params(p, p.k_rnorm, p.k_unit);
+  q.normalize = k.normalize = p.l2norm_qk;
+  if (cudaError_t error = launch_l2norm_forward<float, SplitHalf>(q, stream); error != cudaSuccess) return error;
+  if (cudaError_t error = launch_l2norm_forward<float, SplitHalf>(k, stream); error != cudaSuccess) return error;
+  return launch_split(v_split_params(p, p.v_largest, p.v_split), stream);
 }
 
-// The problem as the kernel sees it: where there are unit copies, they are the queries and keys.
-inline ForwardParams with_unit_copies(ForwardParams p) {
-  if (p.q_unit == nullptr) return p;
-  p.q = p.q_unit, p.q_strides = contiguous_strides(p, p.heads, p.num_queries);
-  p.k = p.k_unit, p.k_strides = contiguous_strides(p, p.kv_heads, p.num_keys);
+inline Strides contiguous_strides(const Problem& p, int64_t num_heads, int64_t num_rows, int64_t row) {
+  const int64_t head = num_rows * row;
+  return {p.b1 * num_heads * head, num_heads * head, head, row};
+}
+
+// The problem as the kernel sees it: where there are copies, they are the queries, keys and values.
+template <bool kSplit>
+ForwardParams with_copies(ForwardParams p) {
+  const int row = kSplit ? 2 * p.head_dim : p.head_dim;
+  if (p.q_unit != nullptr) p.q = p.q_unit, p.q_strides = contiguous_strides(p, p.heads, p.num_queries, row);
+  if (p.k_unit != nullptr) p.k = p.k_unit, p.k_strides = contiguous_strides(p, p.kv_heads, p.num_keys, row);
+  if (kSplit) p.v = p.v_split, p.v_strides = contiguous_strides(p, p.kv_heads, p.num_keys, row);
   return p;
 }
 
-template <class Traits, Bias kBias>
+template <class Config, Bias kBias>
 cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
-  const int64_t blocks =
-      static_cast<int64_t>(ceil_div(p.num_queries, Traits::kBlockM)) * p.heads * p.b1 * p.b0;
+  const int64_t blocks = static_cast<int64_t>(ceil_div(p.num_queries, Config::kBlockM)) * p.heads * p.b1 * p.b0;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  constexpr int kBytes = sizeof(ForwardSmem<Traits>);
+  constexpr int kBytes = sizeof(ForwardSmem<Config>);
   static_assert(kBytes <= 99 * 1024, "what a block may use on every device from compute capability 8.0 on");
-  constexpr auto kKernel = &forward_kernel<Traits, kBias>;
+  constexpr auto kKernel = &forward_kernel<Config, kBias>;
   if (cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess) return error;
-  kKernel<<<static_cast<uint32_t>(blocks), Traits::kThreads, kBytes, stream>>>(with_unit_copies(p));
+  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, kBytes, stream>>>(with_copies<Config::kSplit>(p));
   return cudaGetLastError();
+}
+
+template <class Config>
+cudaError_t launch_with_bias(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (Config::kSoftmax == Softmax::kRunningMax) {
+    // Where the elements are float32 the bias is as well.
+    if (p.bias != nullptr && (Config::kSplit || p.bias_is_float32))
+      return launch_forward_kernel<Config, Bias::kFloat32>(p, stream);
+    if constexpr (!Config::kSplit) {
+      if (p.bias != nullptr) return launch_forward_kernel<Config, Bias::kElement>(p, stream);
+    }
+  }
+  return launch_forward_kernel<Config, Bias::kNone>(p, stream);
 }
 
 template <class Traits>
 cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (p.head_dim > Traits::kHeadDim || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
   if (p.bias != nullptr && Traits::kSoftmax == Softmax::kBounded) return cudaErrorInvalidValue;
-  if (cudaError_t error = launch_norms<typename Traits::Element>(p, stream); error != cudaSuccess) return error;
-  if (static_cast<int64_t>(p.num_queries) * p.heads * p.b1 * p.b0 == 0) return cudaSuccess;
-  if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
-    if (p.bias != nullptr && p.bias_is_float32) return launch_forward_kernel<Traits, Bias::kFloat32>(p, stream);
-    if (p.bias != nullptr) return launch_forward_kernel<Traits, Bias::kElement>(p, stream);
+  cudaError_t error = cudaSuccess;
+  if constexpr (Traits::kSplit) {
+    error = launch_splits(p, stream);
+  } else {
+    error = launch_norms<typename Traits::Element>(p, stream);
   }
-  return launch_forward_kernel<Traits, Bias::kNone>(p, stream);
+  if (error != cudaSuccess) return error;
+  if (static_cast<int64_t>(p.num_queries) * p.heads * p.b1 * p.b0 == 0) return cudaSuccess;
+  return launch_with_bias<ForwardConfig<Traits>>(p, stream);
 }
 
 }  // namespace fcsa::sm80

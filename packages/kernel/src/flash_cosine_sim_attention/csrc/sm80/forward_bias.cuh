@@ -11,11 +11,11 @@ namespace fcsa::sm80 {
 
 enum class Bias { kNone, kElement, kFloat32 };
 
-template <class Traits, Bias kBias>
+template <class Config, Bias kBias>
 class BiasChunk {
-  using Value = std::conditional_t<kBias == Bias::kFloat32, float, typename Traits::Element>;
+  using Value = std::conditional_t<kBias == Bias::kFloat32, float, typename Config::Element>;
   using Pair = std::conditional_t<kBias == Bias::kFloat32, float2, uint32_t>;  // unconverted, so that a load can wait
-  Pair pairs_[Traits::kRowTiles][Traits::kScoreTiles][2];
+  Pair pairs_[Config::kRowTiles][Config::kScoreTiles][2];
 
   __device__ __forceinline__ static Pair join(Value low, Value high) {
     if constexpr (kBias == Bias::kFloat32) {
@@ -33,21 +33,21 @@ class BiasChunk {
                         index.head * p.bias_head + first_key * p.bias_key;
     // Pairs in one access where all of them lie on pair boundaries; first_key is even.
     const bool paired = p.bias_key == 1 && p.bias_query % 2 == 0 && reinterpret_cast<uintptr_t>(bias) % sizeof(Pair) == 0;
-    const bool inside = first_key - threadIdx.x % 4 * 2 + Traits::kChunkN <= p.num_keys;
+    const bool inside = first_key - threadIdx.x % 4 * 2 + Config::kChunkN <= p.num_keys;
 #pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
+    for (int m = 0; m < Config::kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = min(first_row + m * 16 + half * 8, p.num_queries - 1);
         const Value* source = bias + row * p.bias_query;
         if (paired && inside) {
 #pragma unroll
-          for (int n = 0; n < Traits::kScoreTiles; ++n) {
+          for (int n = 0; n < Config::kScoreTiles; ++n) {
             pairs_[m][n][half] = *reinterpret_cast<const Pair*>(source + n * 8);
           }
         } else {
 #pragma unroll
-          for (int n = 0; n < Traits::kScoreTiles; ++n) {
+          for (int n = 0; n < Config::kScoreTiles; ++n) {
             const int key = first_key + n * 8;
             const Value zero = from_float<Value>(0.0f);
             pairs_[m][n][half] = join(key < p.num_keys ? source[n * 8 * p.bias_key] : zero,
@@ -58,11 +58,11 @@ class BiasChunk {
     }
   }
 
-  __device__ __forceinline__ void add_to(float (&x)[Traits::kRowTiles][Traits::kScoreTiles][4]) const {
+  __device__ __forceinline__ void add_to(float (&x)[Config::kRowTiles][Config::kScoreTiles][4]) const {
 #pragma unroll
-    for (int m = 0; m < Traits::kRowTiles; ++m) {
+    for (int m = 0; m < Config::kRowTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < Traits::kScoreTiles; ++n) {
+      for (int n = 0; n < Config::kScoreTiles; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float2 pair;
@@ -79,11 +79,11 @@ class BiasChunk {
   }
 };
 
-template <class Traits>
-class BiasChunk<Traits, Bias::kNone> {
+template <class Config>
+class BiasChunk<Config, Bias::kNone> {
  public:
   __device__ __forceinline__ void load(const Problem&, const TileIndex&, int, int) {}
-  __device__ __forceinline__ void add_to(float (&)[Traits::kRowTiles][Traits::kScoreTiles][4]) const {}
+  __device__ __forceinline__ void add_to(float (&)[Config::kRowTiles][Config::kScoreTiles][4]) const {}
 };
 
 }  // namespace fcsa::sm80

@@ -4,9 +4,21 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../common/softmax.cuh"
 
 namespace fcsa::sm80 {
+
+template <class Element_, int kHeadDim_, Softmax kSoftmax_>
+struct ForwardTraits {
+  using Element = Element_;  // of q, k, v and out
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr Softmax kSoftmax = kSoftmax_;
+  static constexpr bool kSplit = std::is_same_v<Element, float>;  // hi and lo halves, three products (norm/split.cuh)
+  using Operand = std::conditional_t<kSplit, __half, Element>;    // of the matrix products
+  static_assert(!kSplit || kSoftmax == Softmax::kRunningMax, "split P needs a row's maximum to use the range of half");
+};
 
 struct ForwardTile {
   int block_m;  // queries a block
@@ -15,36 +27,48 @@ struct ForwardTile {
   int warps;    // each owns block_m / warps queries
   int stages;   // K/V tiles in shared memory, one of them on its way
   bool query_in_registers;
-  bool overlap;  // the next chunk's products are issued before this chunk's exponentials
-  int min_blocks;
+  int min_blocks;  // a multiprocessor; caps the registers
 };
 
+// A warp owns 32 queries wherever the output accumulators (32 x head dim / 32 registers) leave room for the rest: a
+// fragment of k or v then serves two products per load. Figures: H200, bf16, 4k keys, TFLOP/s (docs/decisions.md).
+// No shape needs more than 65 KB, so that every device from compute capability 8.0 on runs the same kernel, and those
+// with 164 KB a multiprocessor or more run two blocks at once.
 constexpr ForwardTile forward_tile(int head_dim, Softmax softmax) {
   const bool bounded = softmax == Softmax::kBounded;
-  if (head_dim <= 32) return {128, 64, 64, 4, 2, true, false, 3};
-  if (head_dim <= 64) return {128, 64, bounded ? 32 : 64, 4, 2, true, false, 2};
-  if (head_dim <= 96) return {128, 64, 32, 4, 2, true, false, 2};
-  if (head_dim <= 128) return {128, 64, bounded ? 16 : 32, 4, 2, bounded, false, 2};
-  if (head_dim <= 192) return {64, 32, 32, 4, 2, true, false, 2};
-  return {64, 32, 16, 4, 2, true, false, 2};
+  if (head_dim <= 32) return {128, 64, 32, 4, 2, true, bounded ? 3 : 2};
+  // Bounded: three blocks of 168 registers hide more latency than two, 311 against 299. With a maximum to follow, fewer
+  // and larger chunks: 290 against 274.
+  if (head_dim <= 64) return {128, 64, bounded ? 32 : 64, 4, 2, true, bounded ? 3 : 2};
+  if (head_dim <= 96) return {128, 64, 32, 4, 2, true, 2};
+  // Chunks of 16 leave registers for the queries: 356 against 349 with queries read from shared memory every tile.
+  if (head_dim <= 128) return {128, 64, 16, 4, 2, true, 2};
+  if (head_dim <= 192) return {64, 32, 32, 4, 2, true, 2};
+  return {64, 32, 16, 4, 2, true, 2};
 }
 
-template <class Element_, int kHeadDim_, Softmax kSoftmax_>
-struct ForwardTraits {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr Softmax kSoftmax = kSoftmax_;
-#ifdef FCSA_FORWARD_TILE  // a tile shape under measurement: -DFCSA_FORWARD_TILE=128,64,32,4,2,true,false,2
+// Twice the operands. Up to head dim 64 queries in shared memory and 32-key tiles: 120 against 115 with spilling queries
+// in registers; beyond, 16 queries a warp (head dim 128: 118).
+constexpr ForwardTile split_forward_tile(int head_dim) {
+  if (head_dim <= 64) return {128, 32, 32, 4, 2, false, 2};
+  return {64, 32, 32, 4, 2, true, 2};
+}
+
+template <class Traits>
+struct ForwardConfig : Traits {
+  using Traits::kHeadDim;
+#ifdef FCSA_FORWARD_TILE  // a shape under measurement
   static constexpr ForwardTile kTile = {FCSA_FORWARD_TILE};
 #else
-  static constexpr ForwardTile kTile = forward_tile(kHeadDim, kSoftmax);
+  static constexpr ForwardTile kTile =
+      Traits::kSplit ? split_forward_tile(kHeadDim) : forward_tile(kHeadDim, Traits::kSoftmax);
 #endif
   static constexpr int kBlockM = kTile.block_m;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kChunkN = kTile.chunk_n;
   static constexpr int kStages = kTile.stages;
   static constexpr bool kQueryInRegisters = kTile.query_in_registers;
-  static constexpr bool kOverlap = kTile.overlap;
+  static constexpr int kParts = Traits::kSplit ? 2 : 1;  // hi, lo
   static constexpr int kThreads = kTile.warps * 32;
   static constexpr int kRowsPerWarp = kBlockM / kTile.warps;
   static constexpr int kRowTiles = kRowsPerWarp / 16;  // mma tiles of 16 queries a warp

@@ -25,10 +25,10 @@ class TileCopy {
         source_(source + row_ * row_stride + col_) {}
 
   // Rows first_row, first_row + 1, ... into `tile`. Row r + offset of the tile becomes zero and is not read unless
-  // valid(r, offset), with r known at compile time and 0 <= offset < 32.
+  // valid(r, offset), with r known at compile time and 0 <= offset < 32. The columns begin at first_col.
   template <class RowPredicate>
-  __device__ __forceinline__ void copy(Tile& tile, int64_t first_row, RowPredicate valid) const {
-    const Element* source = source_ + first_row * row_stride_;
+  __device__ __forceinline__ void copy(Tile& tile, int64_t first_row, RowPredicate valid, int first_col = 0) const {
+    const Element* source = source_ + first_row * row_stride_ + first_col;
     const uint32_t target = tile.chunk_address(row_, col_ / 8);
 #pragma unroll
     for (int row = 0; row < Tile::kRows; row += kRowStep) {
@@ -44,8 +44,8 @@ class TileCopy {
   }
 
   // The same where every row is valid.
-  __device__ __forceinline__ void copy_all(Tile& tile, int64_t first_row) const {
-    copy(tile, first_row, [](int, int) { return true; });
+  __device__ __forceinline__ void copy_all(Tile& tile, int64_t first_row, int first_col = 0) const {
+    copy(tile, first_row, [](int, int) { return true; }, first_col);
   }
 
  private:
