@@ -231,6 +231,11 @@ class TestCache:
         with cache.file_lock(tmp_path / "lock", 0.1):
             pass
 
+    def test_a_system_without_locks(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cache, "fcntl", None)
+        with cache.file_lock(tmp_path / "lock", 0.1), cache.file_lock(tmp_path / "lock", 0.1):
+            pass
+
     def test_folder_that_cannot_be_made(self, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("FLASH_COSINE_SIM_CACHE", str(tmp_path / "file" / "cache"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,11 @@ from pathlib import Path
 from . import BuildError, ninja
 from .spec import Target, target_key
 from .toolchain import Toolchain
+
+try:
+    import fcntl
+except ImportError:  # Windows: the package has to import there, where nothing is ever built
+    fcntl = None  # type: ignore[assignment]
 
 NO_LOCKS = (95, 37, 38)
 """EOPNOTSUPP, ENOLCK, ENOSYS: a file system without locks. Then processes may build the same twice, harmlessly."""
@@ -50,7 +54,7 @@ def file_lock(path: Path, timeout: float) -> Iterator[None]:
     """
     deadline = time.monotonic() + timeout
     with open(path, "a") as file:
-        while True:
+        while fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
