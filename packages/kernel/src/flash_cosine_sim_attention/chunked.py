@@ -5,9 +5,9 @@ elements at a time, wide copies of its keys and values and, in the backward, of 
 and a wide copy of a half-precision bias gradient that is summed over something.
 
 With a bounded score |s| <= B and no bias nothing is subtracted before exp (the fixed shift of math.md with m = 0):
-    numerator_i = sum_j exp(s_ij) v_j,   total_i = sum_j exp(s_ij)       both in one product with [v, 1]
-so tiles add up without a running maximum, and a masked key is a zero row of [v, 1] that costs nothing. Otherwise a
-running maximum is kept and everything is rescaled as it grows.
+    weighted_i = sum_j exp(s_ij) v_j,   total_i = sum_j exp(s_ij),   out_i = weighted_i / total_i
+so tiles add up without a running maximum, and a masked key is a zero row of v that costs nothing. Otherwise a running
+maximum is kept and everything is rescaled as it grows.
 
 The backward recomputes P_ij = exp(s_ij - lse_i) from the saved log-sum-exp:
     dv_j    = sum_i P_ij dout_i
@@ -64,39 +64,51 @@ def backward(problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | No
 def _forward_rows(this: Pass, box: Box, rows: slice, chunks: list[KeyChunk]) -> None:
     unit = this.tiles.unit_queries(this.outputs, box, rows)
     queries = (unit * (this.tiles.scale_of(box) * LOG2_E)).flatten(3, 4).flatten(0, 2)
-    average = _average_bounded if this.is_bounded else _average_running
-    weighted, maximum = average(this, box, rows, [chunks[index] for index in this.visible(rows, chunks)], queries)
-    total = weighted[..., -1:]
-    out = torch.where(total == 0, 0.0, weighted[..., :-1] / total)
-    lse = (maximum + total.log2()).mul_(LN_2).squeeze(-1)
+    sums = _Softmax.zeros(queries, this.tiles.problem.v.shape[-1])
+    add = _add_bounded if this.is_bounded else _add_running
+    for index in this.visible(rows, chunks):
+        add(this, box, rows, chunks[index], queries, sums)
+    out = torch.where(sums.total == 0, 0.0, sums.weighted / sums.total)
+    lse = sums.total.log2() if this.is_bounded else sums.maximum + sums.total.log2()
     this.tiles.rows(this.outputs.out, box, rows).copy_(this.as_tile(out, box, rows))
-    this.tiles.rows(this.outputs.lse, box, rows).copy_(this.as_tile(lse, box, rows))
+    this.tiles.rows(this.outputs.lse, box, rows).copy_(this.as_tile(lse.mul_(LN_2).squeeze(-1), box, rows))
 
 
-def _average_bounded(
-    this: Pass, box: Box, rows: slice, chunks: list[KeyChunk], queries: Tensor
-) -> tuple[Tensor, Tensor | float]:
-    """queries (n, g * r, d), times scale log2(e) -> sum_j exp(s_j) [v_j, 1] (n, g * r, dv + 1); subtracted: 0."""
-    weighted = queries.new_zeros(*queries.shape[:2], this.tiles.problem.v.shape[-1] + 1)
-    for chunk in chunks:
-        weighted.baddbmm_(this.scores(box, rows, chunk, queries).exp2_(), chunk.values)
-    return weighted, 0.0
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """Sums over the keys that a step of queries has seen, updated in place."""
+
+    weighted: Tensor  # (n, g * r, dv): sum_j exp(s_j - m) v_j
+    total: Tensor  # (n, g * r, 1): sum_j exp(s_j - m)
+    maximum: Tensor  # (n, g * r, 1): m, times log2(e); -inf if nothing was visible, or if it is not needed
+
+    @classmethod
+    def zeros(cls, queries: Tensor, dv: int) -> _Softmax:
+        shape = queries.shape[:2]
+        return cls(
+            queries.new_zeros(*shape, dv), queries.new_zeros(*shape, 1), queries.new_full((*shape, 1), -math.inf)
+        )
 
 
-def _average_running(
-    this: Pass, box: Box, rows: slice, chunks: list[KeyChunk], queries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As `_average_bounded`, with the maximum of s' in each row (n, g * r, 1) subtracted; -inf for an empty row."""
-    weighted = queries.new_zeros(*queries.shape[:2], this.tiles.problem.v.shape[-1] + 1)
-    maximum = queries.new_full((*queries.shape[:2], 1), -math.inf)
-    for chunk in chunks:
-        scores = this.scores(box, rows, chunk, queries)
-        larger = torch.maximum(maximum, scores.amax(-1, keepdim=True))
-        shift = torch.where(larger == -math.inf, 0.0, larger)  # exp(-inf - -inf) is NaN
-        weighted.mul_((maximum - shift).exp2_())
-        weighted.baddbmm_(scores.sub_(shift).exp2_(), chunk.values)
-        maximum = larger
-    return weighted, maximum
+def _add_bounded(this: Pass, box: Box, rows: slice, chunk: KeyChunk, queries: Tensor, sums: _Softmax) -> None:
+    """m = 0."""
+    weights = this.bounded_weights(box, rows, chunk, queries)
+    sums.weighted.baddbmm_(weights, chunk.values[..., :-1])
+    visible = chunk.visible
+    total = weights.sum(-1) if visible is None else torch.linalg.vecdot(weights, visible)
+    sums.total.add_(total.unsqueeze(-1))
+
+
+def _add_running(this: Pass, box: Box, rows: slice, chunk: KeyChunk, queries: Tensor, sums: _Softmax) -> None:
+    """m is the maximum so far; what was summed is rescaled where it grows."""
+    scores = this.scores(box, rows, chunk, queries)
+    larger = torch.maximum(sums.maximum, scores.amax(-1, keepdim=True))
+    shift = torch.where(larger == -math.inf, 0.0, larger)  # exp(-inf - -inf) is NaN
+    rescale = (sums.maximum - shift).exp2_()
+    weights = scores.sub_(shift).exp2_()
+    sums.weighted.mul_(rescale).baddbmm_(weights, chunk.values[..., :-1])
+    sums.total.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+    sums.maximum.copy_(larger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +193,10 @@ def _backward_rows(
     d_queries = torch.zeros_like(queries) if gradients.dq is not None or sums.dscale is not None else None
     for index in this.visible(rows, chunks):
         chunk, total = chunks[index], totals[index]
-        scores = this.scores(box, rows, chunk, queries)
-        weights = (scores if upstream.lse is None else scores.sub_(upstream.lse)).exp2_()
+        if upstream.lse is None:
+            weights = this.bounded_weights(box, rows, chunk, queries)
+        else:
+            weights = this.scores(box, rows, chunk, queries).sub_(upstream.lse).exp2_()
         if total.values is not None:
             total.values.baddbmm_(weights.mT, upstream.rows[..., :-1])
         if d_queries is None and total.unit is None and sums.dbias is None:

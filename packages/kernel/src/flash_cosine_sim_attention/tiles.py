@@ -131,7 +131,7 @@ class Tiles:
         return (times_rnorm(k, outputs.k_rnorm[*box, keys]) if self.problem.l2norm_qk else k).flatten(0, 2)
 
     def values(self, box: Box, keys: slice) -> Tensor:
-        """[v, 1] (n, c, dv + 1), masked rows all 0: the last column makes the row sums, without the masked keys."""
+        """[v, 1] (n, c, dv + 1), masked rows all 0: the last column carries D in the backward, and masks."""
         return self.hide_keys(
             torch.nn.functional.pad(self.problem.v[*box, keys].to(self.problem.wide_dtype), (0, 1), value=1.0),
             box,
@@ -158,12 +158,10 @@ class Tiles:
         """Whether causality hides the whole tile."""
         return self.problem.causal and keys.start > rows.stop - 1 + self.offset
 
-    def hidden_by_causality(self, rows: slice, keys: slice) -> Tensor | None:
-        """bool (r, c), True = hidden: j > i + offset. None where the tile is visible throughout."""
-        if not self.problem.causal or keys.stop - 1 <= rows.start + self.offset:
-            return None
-        shape, device = (rows.stop - rows.start, keys.stop - keys.start), self.problem.q.device
-        return torch.ones(shape, dtype=torch.bool, device=device).triu(rows.start + self.offset - keys.start + 1)
+    def last_visible(self, rows: slice, keys: slice) -> int | None:
+        """The diagonal of the tile beyond which causality hides, as torch.tril counts; None if it hides nothing."""
+        diagonal = rows.start + self.offset - keys.start
+        return None if not self.problem.causal or diagonal >= keys.stop - keys.start - 1 else diagonal
 
     @property
     def offset(self) -> int:
@@ -177,7 +175,8 @@ class KeyChunk:
     keys: slice
     unit: Tensor  # (n, c, d) normalised; masked rows 0
     values: Tensor  # (n, c, dv + 1): [v, 1]; masked rows 0
-    hidden: Tensor | None  # bool (x0 | 1, x1 | 1, 1, 1, 1, c), where scores have to be hidden one by one
+    hidden: Tensor | None  # by the mask: bool (x0 | 1, x1 | 1, 1, 1, 1, c)
+    visible: Tensor | None  # the same as 1 and 0 in the wide dtype, (n, 1, c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,21 +199,25 @@ class Pass:
         return cls(tiles, outputs, is_bounded, (buffers[0], buffers[1]))
 
     def key_chunks(self, box: Box) -> list[KeyChunk]:
-        tiles = self.tiles
-        return [
-            KeyChunk(
-                keys,
-                tiles.unit_keys(self.outputs, box, keys),
-                tiles.values(box, keys),
-                None if self.is_bounded else tiles.hidden_by_mask(box, keys),
-            )
-            for keys in tiles.key_steps()
-        ]
+        chunks = []
+        for keys in self.tiles.key_steps():
+            values, hidden = self.tiles.values(box, keys), self.tiles.hidden_by_mask(box, keys)
+            visible = None if hidden is None else values[..., -1].unsqueeze(1).contiguous()
+            chunks.append(KeyChunk(keys, self.tiles.unit_keys(self.outputs, box, keys), values, hidden, visible))
+        return chunks
 
     def product(self, index: int, left: Tensor, right: Tensor) -> Tensor:
         """left (n, g * r, e) times right (n, c, e) transposed, into a buffer -> (n, g * r, c)"""
         shape = (*left.shape[:2], right.shape[1])
         return torch.bmm(left, right.mT, out=self.buffers[index][: math.prod(shape)].view(shape))
+
+    def bounded_weights(self, box: Box, rows: slice, chunk: KeyChunk, queries: Tensor) -> Tensor:
+        """queries (n, g * r, d), times scale log2(e) -> exp(s) (n, g * r, c), in a buffer; not 0 for masked keys."""
+        weights = self.product(0, queries, chunk.unit).exp2_()
+        diagonal = self.tiles.last_visible(rows, chunk.keys)
+        if diagonal is not None:
+            self.as_tile(weights, box, rows).tril_(diagonal)
+        return weights
 
     def scores(self, box: Box, rows: slice, chunk: KeyChunk, queries: Tensor) -> Tensor:
         """queries (n, g * r, d), times scale log2(e) -> s' (n, g * r, c), in a buffer; -inf where hidden."""
@@ -224,9 +227,9 @@ class Pass:
             tile.add_(broadcast_slice(self.tiles.bias, (*box, slice(None), rows, chunk.keys)), alpha=LOG2_E)
         if chunk.hidden is not None:
             tile.masked_fill_(chunk.hidden, -math.inf)
-        hidden = self.tiles.hidden_by_causality(rows, chunk.keys)
-        if hidden is not None:
-            tile.masked_fill_(hidden, -math.inf)
+        diagonal = self.tiles.last_visible(rows, chunk.keys)
+        if diagonal is not None:  # five times faster than masked_fill_; tril_ first, for NaN + -inf is NaN
+            tile.tril_(diagonal).add_(tile.new_full(tile.shape[-2:], -math.inf).triu_(diagonal + 1))
         return scores
 
     def as_tile(self, x: Tensor, box: Box, rows: slice) -> Tensor:
