@@ -9,12 +9,23 @@ import pytest
 import torch
 from flash_cosine_sim_attention import available, cuda, report
 from flash_cosine_sim_attention._build import BuildError
+from flash_cosine_sim_attention.validation import FLOAT_DTYPES
+from flash_cosine_sim_attention.variants import dtypes_of
 
 
 def test_on_the_cpu():
     reasons = available("cpu")
     assert reasons["plain"] is reasons["chunked"] is reasons["sdpa"] is None
     assert reasons["sm80"] == "the tensors are not on an NVIDIA GPU"
+
+
+def test_every_dtype_with_kernels_is_available(monkeypatch):
+    monkeypatch.setattr(cuda, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(report, "_no_code", lambda capability: None)
+    for arch in report.FUSED:
+        for dtype in FLOAT_DTYPES:
+            known = str(dtype).removeprefix("torch.") in dtypes_of(arch)
+            assert (available("cuda", dtype)[arch] is None) == known
 
 
 def test_a_gpu_without_a_compiler(monkeypatch):

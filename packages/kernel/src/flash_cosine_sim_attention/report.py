@@ -34,11 +34,16 @@ def available(device: torch.device | str | None = None, dtype: torch.dtype = tor
     reasons["sdpa"] = None if device.type == "cpu" else "serves the CPU only"
     for arch in FUSED:
         capability = cuda.capability_of(device)
-        name = str(dtype).removeprefix("torch.")
-        reasons[arch] = cuda.refusal(arch, capability) or why_none(arch, "forward", name, HEAD_DIMS[0], "bounded")
+        reasons[arch] = cuda.refusal(arch, capability) or _no_variant(arch, str(dtype).removeprefix("torch."))
         if reasons[arch] is None and capability is not None:
             reasons[arch] = _no_code(capability)
     return reasons
+
+
+def _no_variant(arch: str, dtype: str) -> str | None:
+    """Why there is no forward kernel of any feature; None if there is one."""
+    reasons = [why_none(arch, "forward", dtype, HEAD_DIMS[1], feature) for feature in ("running_max", "bounded")]
+    return None if None in reasons else reasons[0]
 
 
 def _no_code(capability: tuple[int, int]) -> str | None:
