@@ -30,6 +30,12 @@ struct PanelTile {
     return make_descriptor(data + row * kPanelCols, kPanelElements * 2 / 16);
   }
 
+  // Where the eight columns from `col` (a multiple of 8) of `row` lie.
+  __device__ const Element* chunk(int row, int col) const {
+    const int panel = col / kPanelCols, in_panel = col % kPanelCols / 8;
+    return data + panel * kPanelElements + row * kPanelCols + (in_panel ^ (row & 7)) * 8;
+  }
+
  private:
   // Matrix descriptor of wgmma, in units of 16 bytes: start address; leading byte offset, the stride between panels of a
   // transposed operand; stride byte offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle.

@@ -32,15 +32,14 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
 }
 
 // clang-format off
-#define FCSA_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                      "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FCSA_F16(d, i) FCSA_F8(d, i), FCSA_F8(d, i + 8)
-#define FCSA_F32(d, i) FCSA_F16(d, i), FCSA_F16(d, i + 16)
-#define FCSA_OPERANDS_64(d) FCSA_F32(d, 0)
-#define FCSA_OPERANDS_96(d) FCSA_F32(d, 0), FCSA_F16(d, 32)
-#define FCSA_OPERANDS_128(d) FCSA_F32(d, 0), FCSA_F32(d, 32)
-#define FCSA_OPERANDS_192(d) FCSA_F32(d, 0), FCSA_F32(d, 32), FCSA_F32(d, 64)
-#define FCSA_OPERANDS_256(d) FCSA_F32(d, 0), FCSA_F32(d, 32), FCSA_F32(d, 64), FCSA_F32(d, 96)
+#define FCSA_F8(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define FCSA_F16(c, d, i) FCSA_F8(c, d, i), FCSA_F8(c, d, i + 8)
+#define FCSA_F32(c, d, i) FCSA_F16(c, d, i), FCSA_F16(c, d, i + 16)
+#define FCSA_OPERANDS_64(c, d) FCSA_F32(c, d, 0)
+#define FCSA_OPERANDS_96(c, d) FCSA_F32(c, d, 0), FCSA_F16(c, d, 32)
+#define FCSA_OPERANDS_128(c, d) FCSA_F32(c, d, 0), FCSA_F32(c, d, 32)
+#define FCSA_OPERANDS_192(c, d) FCSA_F32(c, d, 0), FCSA_F32(c, d, 32), FCSA_F32(c, d, 64)
+#define FCSA_OPERANDS_256(c, d) FCSA_F32(c, d, 0), FCSA_F32(c, d, 32), FCSA_F32(c, d, 64), FCSA_F32(c, d, 96)
 #define FCSA_REGISTERS_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                           "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FCSA_REGISTERS_96 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -65,44 +64,54 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
                           "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
                           "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// o0..: the numbers of the operands behind the accumulators.
-#define FCSA_WGMMA_SS(n, type, a_desc, b_desc, flag, transpose_b, o0, o1, o2)                                     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\n"                                                  \
+// o0..: the numbers of the operands behind the accumulators. access: "+f" where D is added to, "=f" where it is written
+// only; the compiler then owes it nothing before.
+#define FCSA_WGMMA_SS(n, type, access, accumulate, o0, o1)                                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\n"                                             \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FCSA_REGISTERS_##n "}, "        \
-               "%" #o0 ", %" #o1 ", p, 1, 1, 0, " transpose_b ";\n}"                                                \
-               : FCSA_OPERANDS_##n(d) : "l"(a_desc), "l"(b_desc), "r"(flag))
-#define FCSA_WGMMA_RS(n, type, a, b_desc, flag, transpose_b, o0, o1, o2, o3, o4, o5)                              \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                                  \
+               "%" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                              \
+               : FCSA_OPERANDS_##n(access, d) : "l"(a_desc), "l"(b_desc))
+#define FCSA_WGMMA_RS(n, type, access, accumulate, transpose_b, o0, o1, o2, o3, o4)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate ", 0;\n"                                             \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" FCSA_REGISTERS_##n "}, "        \
                "{%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, " transpose_b ";\n}"                   \
-               : FCSA_OPERANDS_##n(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(flag))
+               : FCSA_OPERANDS_##n(access, d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc))
 
-#define FCSA_DEFINE_WGMMA(n, o0, o1, o2, o3, o4, o5)                                                               \
-  template <class Element>                                                                                         \
-  __device__ __forceinline__ void wgmma_ss(float (&d)[n / 2], uint64_t a_desc, uint64_t b_desc, int accumulate) {  \
-    if constexpr (std::is_same_v<Element, __half>) {                                                               \
-      FCSA_WGMMA_SS(n, "f16", a_desc, b_desc, accumulate, "0", o0, o1, o2);                                        \
-    } else {                                                                                                       \
-      FCSA_WGMMA_SS(n, "bf16", a_desc, b_desc, accumulate, "0", o0, o1, o2);                                       \
-    }                                                                                                              \
-  }                                                                                                                \
-  template <class Element>                                                                                         \
-  __device__ __forceinline__ void wgmma_rs_transposed(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_desc,  \
-                                                      int accumulate) {                                            \
-    if constexpr (std::is_same_v<Element, __half>) {                                                               \
-      FCSA_WGMMA_RS(n, "f16", a, b_desc, accumulate, "1", o0, o1, o2, o3, o4, o5);                                 \
-    } else {                                                                                                       \
-      FCSA_WGMMA_RS(n, "bf16", a, b_desc, accumulate, "1", o0, o1, o2, o3, o4, o5);                                \
-    }                                                                                                              \
+// Calls FORM(n, type, access, accumulate, ...) for the element type and for D written or added to.
+#define FCSA_WGMMA_DISPATCH(FORM, n, ...)                                                                          \
+  if constexpr (std::is_same_v<Element, __half> && kAccumulate) {                                                  \
+    FORM(n, "f16", "+f", "1", __VA_ARGS__);                                                                        \
+  } else if constexpr (std::is_same_v<Element, __half>) {                                                          \
+    FORM(n, "f16", "=f", "0", __VA_ARGS__);                                                                        \
+  } else if constexpr (kAccumulate) {                                                                              \
+    FORM(n, "bf16", "+f", "1", __VA_ARGS__);                                                                       \
+  } else {                                                                                                         \
+    FORM(n, "bf16", "=f", "0", __VA_ARGS__);                                                                       \
   }
 
-FCSA_DEFINE_WGMMA(64, 32, 33, 34, 35, 36, 37)
-FCSA_DEFINE_WGMMA(96, 48, 49, 50, 51, 52, 53)
-FCSA_DEFINE_WGMMA(128, 64, 65, 66, 67, 68, 69)
-FCSA_DEFINE_WGMMA(192, 96, 97, 98, 99, 100, 101)
-FCSA_DEFINE_WGMMA(256, 128, 129, 130, 131, 132, 133)
+// wgmma_ss: A and B as [row][k]. wgmma_rs: A in registers, B as [n][k]. wgmma_rs_transposed: the same, B as [k][n].
+#define FCSA_DEFINE_WGMMA(n, o0, o1, o2, o3, o4)                                                                   \
+  template <class Element, bool kAccumulate>                                                                       \
+  __device__ __forceinline__ void wgmma_ss(float (&d)[n / 2], uint64_t a_desc, uint64_t b_desc) {                  \
+    FCSA_WGMMA_DISPATCH(FCSA_WGMMA_SS, n, o0, o1)                                                                  \
+  }                                                                                                                \
+  template <class Element, bool kAccumulate>                                                                       \
+  __device__ __forceinline__ void wgmma_rs(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_desc) {           \
+    FCSA_WGMMA_DISPATCH(FCSA_WGMMA_RS, n, "0", o0, o1, o2, o3, o4)                                                 \
+  }                                                                                                                \
+  template <class Element, bool kAccumulate>                                                                       \
+  __device__ __forceinline__ void wgmma_rs_transposed(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b_desc) { \
+    FCSA_WGMMA_DISPATCH(FCSA_WGMMA_RS, n, "1", o0, o1, o2, o3, o4)                                                 \
+  }
+
+FCSA_DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
+FCSA_DEFINE_WGMMA(96, 48, 49, 50, 51, 52)
+FCSA_DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
+FCSA_DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
+FCSA_DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
 
 #undef FCSA_DEFINE_WGMMA
+#undef FCSA_WGMMA_DISPATCH
 #undef FCSA_WGMMA_RS
 #undef FCSA_WGMMA_SS
 #undef FCSA_REGISTERS_64
