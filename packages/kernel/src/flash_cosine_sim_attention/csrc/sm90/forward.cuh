@@ -1,4 +1,4 @@
-// Launcher of the Hopper forward: unit copies where groups > 1, tensor maps, main kernel.
+// Launcher of the Hopper forward: prologue (norm factors of the keys, or unit copies), tensor maps, main kernel.
 #pragma once
 
 #include "../norm/l2norm_forward.cuh"
@@ -42,10 +42,12 @@ Schedule make_schedule(const ForwardParams& p) {
 
 template <class Traits>
 cudaError_t launch_prologue(const ForwardParams& p, cudaStream_t stream) {
-  if (!p.l2norm_qk || p.q_unit == nullptr) return cudaSuccess;  // the main kernel takes the norms itself
+  if (!p.l2norm_qk) return cudaSuccess;
   using Element = typename Traits::Element;
-  const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
-  if (error != cudaSuccess) return error;
+  if (p.q_unit != nullptr) {
+    const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
+    if (error != cudaSuccess) return error;
+  }
   return launch_l2norm_forward<Element>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
 }
 

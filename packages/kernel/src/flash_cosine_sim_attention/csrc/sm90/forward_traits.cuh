@@ -17,14 +17,11 @@ struct ForwardTraits {
   static constexpr Softmax kSoftmax = kSoftmax_;
   static constexpr ForwardTile kTile = forward_tile<kHeadDim>();
   static constexpr int kConsumerWarps = kTile.consumer_warpgroups * 4;
-  static constexpr int kNormWarps = 3;  // of the producer warpgroup, beside the one that feeds TMA
   static constexpr int kBlockM = kTile.consumer_warpgroups * 64;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kStages = kTile.stages;
-  // The factors of a tile of keys are read after its scores: they outlive K in its ring by one tile.
+  // Factors of a tile of keys are read until its product with V: they live longer than K (forward_producer.cuh).
   static constexpr int kFactorStages = 2 * kStages;
-  static constexpr bool kQueriesInRegisters = kTile.queries_in_registers;
-  static constexpr int kPolynomialEvery = kTile.polynomial_every;
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
   // setmaxnreg moves registers within what the block was launched with; asking for more waits for ever.
@@ -45,7 +42,6 @@ struct ForwardStorage {
   uint64_t full_q, empty_q;
   uint64_t full_k[Traits::kStages], empty_k[Traits::kStages];
   uint64_t full_v[Traits::kStages], empty_v[Traits::kStages];
-  uint64_t full_factor[Traits::kFactorStages];
 };
 
 struct ForwardMaps {
@@ -75,37 +71,29 @@ struct Schedule {
 };
 
 // What a block of queries has to do: its place, and the tiles of keys [0, num_tiles), walked from the last to the first,
-// so that the tiles that need a mask come first. num_tiles is even: consumers work on pairs of tiles; a tile beyond the
-// last key reads as zeros and is hidden by the mask.
+// so that the tiles that need a mask come first.
 template <class Traits>
 struct BlockOfQueries {
-  int first_query, head, kv_head, b1, b0, num_tiles;
+  int first_query, head, b1, b0, num_tiles;
   int first_limit;  // keys up to this one are visible to every query of the block
-  bool is_last;     // of its head: the block that meets every visible key
 
   __device__ static BlockOfQueries from(const Problem& p, const Schedule& schedule, uint32_t index) {
     const Schedule::Item item = schedule.item(index);
     BlockOfQueries block;
     block.first_query = item.block * Traits::kBlockM;
-    block.is_last = item.block == schedule.num_blocks - 1;
     block.head = item.head % p.heads;
-    block.kv_head = block.head / (p.heads / p.kv_heads);
     block.b1 = item.head / p.heads % p.b1;
     block.b0 = item.head / p.heads / p.b1;
     const int offset = p.num_keys - p.num_queries;
     const int last_query = min(block.first_query + Traits::kBlockM, p.num_queries) - 1;
     const int last_key = p.causal ? min(last_query + offset, p.num_keys - 1) : p.num_keys - 1;
-    block.num_tiles = last_key < 0 ? 0 : (last_key / Traits::kBlockN + 2) / 2 * 2;
+    block.num_tiles = last_key < 0 ? 0 : last_key / Traits::kBlockN + 1;
     block.first_limit = p.causal ? min(block.first_query + offset, p.num_keys - 1) : p.num_keys - 1;
     return block;
   }
 
   __device__ int64_t first_row(const Problem& p) const {  // among the rows of a contiguous (b0, b1, h, i) tensor
     return ((static_cast<int64_t>(b0) * p.b1 + b1) * p.heads + head) * p.num_queries + first_query;
-  }
-
-  __device__ int64_t first_key(const Problem& p) const {  // likewise of a (b0, b1, hk, j) tensor
-    return ((static_cast<int64_t>(b0) * p.b1 + b1) * p.kv_heads + kv_head) * p.num_keys;
   }
 };
 
