@@ -136,6 +136,16 @@ def test_float32_relative_error():
         assert float((got[name].double() - want).norm() / want.norm()) <= 2e-6, name
 
 
+@pytest.mark.parametrize("d", [24, 64, 128, 256])
+def test_tf32_setting(d, monkeypatch):
+    """Where torch allows TF32 in products, float32 calls take the faster kernels: eleven bits, as TF32 has."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    inputs = cuda((2,), 4, 2, 300, 333, d=d, mask=True, scale=10)
+    out = flash_cosine_sim_attention(**inputs.arguments(), backend="sm80")
+    exact = plain_cosine_sim_attention(**inputs.to(torch.float64).arguments())
+    assert 1e-5 < float((out - exact).norm() / exact.norm()) < 1e-3
+
+
 class TestDeterminism:
     def gradients(self, x):
         dout, _ = random_upstream(x)

@@ -20,12 +20,12 @@ from . import chunked, launchers
 from ._build import BuildError
 from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
 from .problem import Gradients, Outputs, Problem
-from .variants import Variant, find_variant, has_pass, variant_for, why_none
+from .variants import TABLE, Variant, find_variant, has_pass, variant_for, why_none
 
 BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0}
 """The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
-probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09). float32 multiplies with
-two halves, whose 22 bits need each row's own maximum."""
+probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09). float32 is
+multiplied as halves, whose bits suffice only around each row's own maximum."""
 
 _warned: set[str] = set()
 
@@ -82,7 +82,7 @@ class CudaKernels:
 
     def _launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
         q, feature = problem.q, _feature(pass_name, problem)
-        key = (q.device, q.dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature)
+        key = (q.device, _kernel_dtype(q, pass_name), q.shape[-1], problem.v.shape[-1], problem.groups, feature)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -98,7 +98,7 @@ class CudaKernels:
         capability = capability_of(problem.q.device)
         d, dv = problem.q.shape[-1], problem.v.shape[-1]
         width = kernel_width(d, dv, problem.groups) if d else 0
-        dtype = str(problem.q.dtype).removeprefix("torch.")
+        dtype = _kernel_dtype(problem.q, pass_name)
         reason: str | None = None
         for arch in self._candidates(pass_name):
             reason = refusal(arch, capability) or why_none(arch, pass_name, dtype, width, feature)
@@ -135,6 +135,14 @@ def _warn_once(reason: str) -> None:
         )
 
 
+def _kernel_dtype(q: Tensor, pass_name: str) -> str:
+    """The table's name of the arithmetic: that of the dtype, or "tf32" where torch's settings allow it in products and
+    there is such a kernel."""
+    if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32" if any(row.pass_name == pass_name and "tf32" in row.dtypes for row in TABLE) else "float32"
+    return str(q.dtype).removeprefix("torch.")
+
+
 def _feature(pass_name: str, problem: Problem) -> str:
     if pass_name == "backward":
         return "plain" if problem.bias is None else "bias"
@@ -164,7 +172,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     width = kernel_width(q.shape[-1], v.shape[-1], groups)
     q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
     out = writable(outputs.out, width)
-    split = q.dtype == torch.float32  # into two halves: q, k (normalised on the way) and v
+    split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
     copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(
         launcher.address,

@@ -21,8 +21,9 @@ HALF = ("float16", "bfloat16")
 class Row:
     """All combinations of what it lists.
 
-    Features of a forward: "bounded" (the shift of the softmax is known before the launch), "running_max" (tracked; the
-    one that takes a bias). Of a backward: "plain", "bias".
+    Dtype "tf32": float32 tensors, with products as coarse as TF32's. Features of a forward: "bounded" (the shift of the
+    softmax is known before the launch), "running_max" (tracked; the one that takes a bias). Of a backward: "plain",
+    "bias".
     """
 
     arch: str
@@ -35,13 +36,17 @@ class Row:
 TABLE = (
     Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max")),
     Row("sm80", "forward", ("float32",), HEAD_DIMS[:4], ("running_max",)),
+    Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max",)),
     Row("sm80", "backward", HALF, HEAD_DIMS, ("plain", "bias")),
 )
 
 ALLOWED_SPILLS: dict[str, int] = {}
-"""Variant name -> bytes of spill that were measured and accepted; every other variant must not spill."""
+"""Spills that were accepted because no tile shape without them measured faster: arch_pass_d<head dim>_feature -> bytes a
+thread, stores and loads, of the worst kernel of any dtype; all others must not spill. `compile_report --spills` prints
+what there is.
+"""
 
-_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "tf32": "fcsa::Tf32"}
 _FEATURE_ARGUMENTS = {
     "bounded": "fcsa::Softmax::kBounded",
     "running_max": "fcsa::Softmax::kRunningMax",
@@ -64,6 +69,10 @@ class Variant:
     def name(self) -> str:
         """The exported C symbol, and the name of its files."""
         return f"fcsa_{self.arch}_{self.pass_name}_{self.dtype}_d{self.head_dim}_{self.feature}"
+
+    @property
+    def allowed_spills(self) -> int:
+        return ALLOWED_SPILLS.get(f"{self.arch}_{self.pass_name}_d{self.head_dim}_{self.feature}", 0)
 
     @property
     def source(self) -> str:

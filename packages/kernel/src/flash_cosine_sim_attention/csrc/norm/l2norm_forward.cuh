@@ -145,14 +145,21 @@ cudaError_t launch(const L2NormParams& p, cudaStream_t stream) {
 
 }  // namespace norm
 
-// head_dim: a multiple of 8 up to 256. Unit: the type of p.unit, or SplitHalf.
-template <class Element, class Unit = Element>
+// head_dim: a multiple of 8 up to kMaxHeadDim. Unit: the type of p.unit, or SplitHalf. A caller whose head dim is known to
+// lie close to its kMaxHeadDim compiles one kernel instead of four by naming that.
+template <class Element, class Unit = Element, int kMaxHeadDim = 0>
 cudaError_t launch_l2norm_forward(const L2NormParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 32) return norm::launch<Element, Unit, 4>(p, stream);
-  if (p.head_dim <= 64) return norm::launch<Element, Unit, 8>(p, stream);
-  if (p.head_dim <= 128) return norm::launch<Element, Unit, 16>(p, stream);
-  if (p.head_dim <= 256) return norm::launch<Element, Unit, 32>(p, stream);
-  return cudaErrorInvalidValue;
+  constexpr int kMax = kMaxHeadDim == 0 ? 256 : kMaxHeadDim;
+  static_assert(kMax <= 256);
+  if (p.head_dim > kMax || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
+  if constexpr (kMaxHeadDim == 0) {
+    if (p.head_dim <= 32) return norm::launch<Element, Unit, 4>(p, stream);
+    if (p.head_dim <= 64) return norm::launch<Element, Unit, 8>(p, stream);
+    if (p.head_dim <= 128) return norm::launch<Element, Unit, 16>(p, stream);
+    return norm::launch<Element, Unit, 32>(p, stream);
+  }
+  constexpr int kLanesPerRow = kMax <= 32 ? 4 : kMax <= 64 ? 8 : kMax <= 128 ? 16 : 32;
+  return norm::launch<Element, Unit, kLanesPerRow>(p, stream);
 }
 
 }  // namespace fcsa

@@ -15,6 +15,9 @@ namespace fcsa {
 
 struct SplitHalf {};  // names this form where a kernel takes the type of a copy as a template argument
 
+// Names float32 tensors whose products may be as coarse as TF32's: hi alone, which has the same 11 bits.
+struct Tf32 {};
+
 constexpr float kUnitScale = 1024.0f;
 
 // The power of two that brings a largest magnitude to [2^14, 2^15), below half's 65504 with room for a rounding.
@@ -39,7 +42,7 @@ struct SplitParams {
   const uint8_t* mask;  // (b0, b1, rows): rows that are hidden have no say in the scale; nullptr: none
   int64_t mask_b0, mask_b1, mask_row;
   float* largest;  // (b0, b1, heads) contiguous: max |x|
-  __half* split;   // (b0, b1, heads, rows, 2 d) contiguous
+  __half* split;   // (b0, b1, heads, rows, 2 d) contiguous; hi alone: (b0, b1, heads, rows, d)
 };
 
 inline SplitParams v_split_params(const Problem& p, float* largest, void* split) {
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const SplitParams p) 
   }
 }
 
-template <int kThreads>
+template <int kThreads, bool kHiAlone>
 __global__ void __launch_bounds__(kThreads) split_kernel(const SplitParams p) {
   const TileIndex index = TileIndex::from_block(blockIdx.x, ceil_div(p.rows, kSplitRows), p.heads, p.b1);
   const float* x = p.x + index.offset(p.x_strides);
@@ -100,14 +103,19 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const SplitParams p) {
     load8(values, x + row * p.x_strides.row + column);
 #pragma unroll
     for (int c = 0; c < 8; ++c) values[c] *= scale;
-    store_split8(p.split + (first_row + row) * 2 * p.head_dim, column, p.head_dim, values);
+    if constexpr (kHiAlone) {
+      store8(p.split + (first_row + row) * p.head_dim + column, values);
+    } else {
+      store_split8(p.split + (first_row + row) * 2 * p.head_dim, column, p.head_dim, values);
+    }
   }
 }
 
 }  // namespace norm
 
 // Writes `largest` and `split`. The maximum does not depend on the order of the atomics.
-inline cudaError_t launch_split(const SplitParams& p, cudaStream_t stream) {
+template <bool kHiAlone = false>
+cudaError_t launch_split(const SplitParams& p, cudaStream_t stream) {
   const int64_t heads = static_cast<int64_t>(p.b0) * p.b1 * p.heads;
   const int64_t blocks = heads * ceil_div(p.rows, norm::kSplitRows);
   if (blocks == 0) return cudaSuccess;
@@ -115,7 +123,7 @@ inline cudaError_t launch_split(const SplitParams& p, cudaStream_t stream) {
   if (cudaError_t error = cudaMemsetAsync(p.largest, 0, heads * sizeof(float), stream); error != cudaSuccess)
     return error;
   norm::largest_kernel<norm::kSplitThreads><<<static_cast<uint32_t>(blocks), norm::kSplitThreads, 0, stream>>>(p);
-  norm::split_kernel<norm::kSplitThreads><<<static_cast<uint32_t>(blocks), norm::kSplitThreads, 0, stream>>>(p);
+  norm::split_kernel<norm::kSplitThreads, kHiAlone><<<static_cast<uint32_t>(blocks), norm::kSplitThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

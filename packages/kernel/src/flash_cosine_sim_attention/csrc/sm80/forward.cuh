@@ -21,27 +21,30 @@ cudaError_t allow_shared_memory(int bytes) {
 }
 
 // Factors of all keys, and of the queries where they are not computed from the tile in flight; unit copies if wanted.
-template <class Element>
+template <class Traits>
 cudaError_t launch_norms(const ForwardParams& p, cudaStream_t stream) {
+  using Element = typename Traits::Element;
   if (!p.l2norm_qk) return cudaSuccess;
-  if (p.k_rnorm == nullptr || (p.q_unit == nullptr) != (p.k_unit == nullptr)) return cudaErrorInvalidValue;
+  if (p.q_rnorm == nullptr || p.k_rnorm == nullptr || (p.q_unit == nullptr) != (p.k_unit == nullptr)) return cudaErrorInvalidValue;
   if (p.k_unit == nullptr && p.groups != 1) return cudaErrorInvalidValue;
   if (p.q_unit != nullptr) {
-    const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
+    const cudaError_t error = launch_l2norm_forward<Element, Element, Traits::kHeadDim>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_l2norm_forward<Element>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
+  return launch_l2norm_forward<Element, Element, Traits::kHeadDim>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
 }
 
-// Split copies of unit q and k, and of v.
-inline cudaError_t launch_splits(const ForwardParams& p, cudaStream_t stream) {
+// Copies of float32 tensors as halves: unit q and k, and v; hi and lo, or hi alone.
+template <class Traits>
+cudaError_t launch_half_copies(const ForwardParams& p, cudaStream_t stream) {
   if (p.q_unit == nullptr || p.k_unit == nullptr || p.v_split == nullptr || p.v_largest == nullptr)
     return cudaErrorInvalidValue;
   L2NormParams q = q_norm_params(p, p.q_rnorm, p.q_unit), k = k_norm_params(p, p.k_rnorm, p.k_unit);
   q.normalize = k.normalize = p.l2norm_qk;
-  if (cudaError_t error = launch_l2norm_forward<float, SplitHalf>(q, stream); error != cudaSuccess) return error;
-  if (cudaError_t error = launch_l2norm_forward<float, SplitHalf>(k, stream); error != cudaSuccess) return error;
-  return launch_split(v_split_params(p, p.v_largest, p.v_split), stream);
+  using Unit = std::conditional_t<Traits::kSplit, SplitHalf, __half>;
+  if (cudaError_t error = launch_l2norm_forward<float, Unit, Traits::kHeadDim>(q, stream); error != cudaSuccess) return error;
+  if (cudaError_t error = launch_l2norm_forward<float, Unit, Traits::kHeadDim>(k, stream); error != cudaSuccess) return error;
+  return launch_split<!Traits::kSplit>(v_split_params(p, p.v_largest, p.v_split), stream);
 }
 
 inline Strides contiguous_strides(const Problem& p, int64_t num_heads, int64_t num_rows, int64_t row) {
@@ -50,12 +53,12 @@ inline Strides contiguous_strides(const Problem& p, int64_t num_heads, int64_t n
 }
 
 // The problem as the kernel sees it: where there are copies, they are the queries, keys and values.
-template <bool kSplit>
+template <class Traits>
 ForwardParams with_copies(ForwardParams p) {
-  const int row = kSplit ? 2 * p.head_dim : p.head_dim;
+  const int row = Traits::kSplit ? 2 * p.head_dim : p.head_dim;
   if (p.q_unit != nullptr) p.q = p.q_unit, p.q_strides = contiguous_strides(p, p.heads, p.num_queries, row);
   if (p.k_unit != nullptr) p.k = p.k_unit, p.k_strides = contiguous_strides(p, p.kv_heads, p.num_keys, row);
-  if (kSplit) p.v = p.v_split, p.v_strides = contiguous_strides(p, p.kv_heads, p.num_keys, row);
+  if (Traits::kFloat) p.v = p.v_split, p.v_strides = contiguous_strides(p, p.kv_heads, p.num_keys, row);
   return p;
 }
 
@@ -67,7 +70,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   static_assert(kBytes <= 99 * 1024, "what a block may use on every device from compute capability 8.0 on");
   constexpr auto kKernel = &forward_kernel<Config, kBias>;
   if (cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess) return error;
-  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, kBytes, stream>>>(with_copies<Config::kSplit>(p));
+  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, kBytes, stream>>>(with_copies<Config>(p));
   return cudaGetLastError();
 }
 
@@ -75,9 +78,9 @@ template <class Config>
 cudaError_t launch_with_bias(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (Config::kSoftmax == Softmax::kRunningMax) {
     // Where the elements are float32 the bias is as well.
-    if (p.bias != nullptr && (Config::kSplit || p.bias_is_float32))
+    if (p.bias != nullptr && (Config::kFloat || p.bias_is_float32))
       return launch_forward_kernel<Config, Bias::kFloat32>(p, stream);
-    if constexpr (!Config::kSplit) {
+    if constexpr (!Config::kFloat) {
       if (p.bias != nullptr) return launch_forward_kernel<Config, Bias::kElement>(p, stream);
     }
   }
@@ -89,10 +92,10 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (p.head_dim > Traits::kHeadDim || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
   if (p.bias != nullptr && Traits::kSoftmax == Softmax::kBounded) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
-  if constexpr (Traits::kSplit) {
-    error = launch_splits(p, stream);
+  if constexpr (Traits::kFloat) {
+    error = launch_half_copies<Traits>(p, stream);
   } else {
-    error = launch_norms<typename Traits::Element>(p, stream);
+    error = launch_norms<Traits>(p, stream);
   }
   if (error != cudaSuccess) return error;
   if (static_cast<int64_t>(p.num_queries) * p.heads * p.b1 * p.b0 == 0) return cudaSuccess;

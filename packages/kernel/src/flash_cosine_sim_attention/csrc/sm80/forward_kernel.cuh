@@ -32,7 +32,7 @@ class ForwardBlock {
   static constexpr int kParts = Config::kParts, kRowTiles = Config::kRowTiles, kScoreTiles = Config::kScoreTiles;
   static constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kChunkN = Config::kChunkN;
   static constexpr int kHeldSteps = Config::kQueryInRegisters ? Config::kDepthSteps : 1;
-  static constexpr int kHeadroom = Config::kSplit ? 7 : 0;  // of P: with kRescaleThreshold it stays below 2^15
+  static constexpr int kHeadroom = Config::kFloat ? 7 : 0;  // of P: with kRescaleThreshold it stays below 2^15
 
   using Scores = float[kRowTiles][kScoreTiles][4];
   using Weights = uint32_t[kParts][kRowTiles][kChunkN / 16][4];  // P as the left operand of P v
@@ -102,10 +102,13 @@ class ForwardBlock {
     return first_query_ + warp_row_ + m * 16 + half * 8 + lane_ / 4;
   }
 
+  // Of a contiguous (b0, b1, h, i) tensor: this thread's first query, the others are 8 and 16 further.
+  __device__ __forceinline__ float* rows_of(float* tensor) const {
+    return tensor + index_.first_row(p_.b1, p_.heads, p_.num_queries) + query_of(0, 0);
+  }
+
   __device__ __forceinline__ void store_row(float* rows, int m, int half, float value) const {
-    const int query = query_of(m, half);
-    if (lane_ % 4 != 0 || query >= p_.num_queries) return;
-    rows[index_.first_row(p_.b1, p_.heads, p_.num_queries) + query] = value;
+    if (lane_ % 4 == 0 && query_of(m, half) < p_.num_queries) rows[m * 16 + half * 8] = value;
   }
 
   // ---- start: queries, their norms and factors ----
@@ -150,6 +153,7 @@ class ForwardBlock {
     }
     float factor = (p_.scale == nullptr ? p_.scale_value : p_.scale[index_.head]) * kLog2e;
     if constexpr (Config::kSplit) factor /= kUnitScale * kUnitScale;
+    float* rnorms = folds_norm_ ? rows_of(p_.q_rnorm) : nullptr;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -158,7 +162,7 @@ class ForwardBlock {
         if (folds_norm_) {
           const float rnorm = reciprocal_norm(lane_sum<4>(squares[m][half]));
           row_factor_[m][half] *= rnorm;
-          if (p_.q_rnorm != nullptr) store_row(p_.q_rnorm, m, half, rnorm);
+          store_row(rnorms, m, half, rnorm);
         }
       }
 #pragma unroll
@@ -432,16 +436,19 @@ class ForwardBlock {
   // ---- end ----
 
   __device__ __forceinline__ void finish() {
-    if constexpr (!Config::kSplit && Config::kQueryInRegisters) __syncthreads();  // out passes through the stages' memory
+    if constexpr (!Config::kFloat && Config::kQueryInRegisters) __syncthreads();  // out passes through the stages' memory
+    float* lses = rows_of(p_.lse);
     float unscale_v = 1.0f;
-    if constexpr (Config::kSplit) unscale_v = 1.0f / split_scale(p_.v_largest[kv_index_.first_row(p_.b1, p_.kv_heads, 1)]);
+    if constexpr (Config::kFloat) {
+      unscale_v = 1.0f / split_scale(p_.v_largest[kv_index_.first_row(p_.b1, p_.kv_heads, 1)]);
+    }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float factor, lse;
         softmax_.finish(m, half, factor, lse);
-        store_row(p_.lse, m, half, lse);
+        store_row(lses, m, half, lse);
 #pragma unroll
         for (int n = 0; n < Config::kValueTiles; ++n) {
           out_[m][n][2 * half] *= factor * unscale_v;
@@ -449,7 +456,7 @@ class ForwardBlock {
         }
       }
     }
-    if constexpr (Config::kSplit) {
+    if constexpr (Config::kFloat) {
       store_float_out();
     } else {
       store_half_out();

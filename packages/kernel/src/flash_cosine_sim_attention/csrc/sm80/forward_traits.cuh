@@ -7,17 +7,19 @@
 #include <type_traits>
 
 #include "../common/softmax.cuh"
+#include "../norm/split.cuh"
 
 namespace fcsa::sm80 {
 
 template <class Element_, int kHeadDim_, Softmax kSoftmax_>
 struct ForwardTraits {
-  using Element = Element_;  // of q, k, v and out
+  using Element = std::conditional_t<std::is_same_v<Element_, Tf32>, float, Element_>;  // of q, k, v and out
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
-  static constexpr bool kSplit = std::is_same_v<Element, float>;  // hi and lo halves, three products (norm/split.cuh)
-  using Operand = std::conditional_t<kSplit, __half, Element>;    // of the matrix products
-  static_assert(!kSplit || kSoftmax == Softmax::kRunningMax, "split P needs a row's maximum to use the range of half");
+  static constexpr bool kFloat = std::is_same_v<Element, float>;   // multiplied as halves, from copies (norm/split.cuh)
+  static constexpr bool kSplit = std::is_same_v<Element_, float>;  // as hi and lo, in three products
+  using Operand = std::conditional_t<kFloat, __half, Element>;     // of the matrix products
+  static_assert(!kFloat || kSoftmax == Softmax::kRunningMax, "P as halves needs a row's maximum to use their range");
 };
 
 struct ForwardTile {
