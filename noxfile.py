@@ -47,6 +47,20 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def compile(session: nox.Session) -> None:
+    """Every CUDA variant with nvcc, no GPU needed; fails on spills that variants.py does not allow, and the like."""
+    install(session)
+    session.run("python", "-m", "flash_cosine_sim_attention._build.compile_report", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """A wheel with all kernels compiled, in dist/: for every Python, and every torch from 2.10 on."""
+    install(session)
+    session.run("python", "-m", "flash_cosine_sim_attention._build.wheel", "--out", "dist", *session.posargs)
+
+
+@nox.session
 def compare(session: nox.Session) -> None:
     """The main job: train the same model with regular and with cosine-sim attention, five minutes on two CPU cores."""
     install(session, "tqdm", "numpy", "matplotlib")

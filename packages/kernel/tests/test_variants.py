@@ -80,4 +80,5 @@ def test_source_of_a_backward():
 
 
 def test_allowed_spills_name_existing_variants():
-    assert set(ALLOWED_SPILLS) <= {variant.name for variant in VARIANTS}
+    assert set(ALLOWED_SPILLS) <= {f"{v.arch}_{v.pass_name}_d{v.head_dim}_{v.feature}" for v in VARIANTS}
+    assert sum(v.allowed_spills > 0 for v in VARIANTS) >= len(ALLOWED_SPILLS)

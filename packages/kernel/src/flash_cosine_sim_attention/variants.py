@@ -41,7 +41,7 @@ TABLE = (
 )
 
 ALLOWED_SPILLS: dict[str, int] = {}
-"""Spills that were accepted because no tile shape without them measured faster: arch_pass_d<head dim>_feature -> bytes a
+"""Spills that were accepted, since no tile shape without them measured faster: arch_pass_d<head dim>_feature -> bytes a
 thread, stores and loads, of the worst kernel of any dtype; all others must not spill. `compile_report --spills` prints
 what there is.
 """

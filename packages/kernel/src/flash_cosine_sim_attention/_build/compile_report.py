@@ -1,6 +1,6 @@
 """Compiles every variant, no GPU needed, and prints what each kernel uses. Fails on spills and wgmma remarks.
 
-    python -m flash_cosine_sim_attention._build.compile_report [--arch 80+ 90a] [--only forward d64 ...] [--kernels]
+    python -m flash_cosine_sim_attention._build.compile_report [--arch 80+ 90a] [--only forward d64] [--kernels|--spills]
 
 A variant whose sources, flags and compiler are unchanged since its last report is not compiled again. The objects
 serve the ahead-of-time library as well.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..variants import ALLOWED_SPILLS, VARIANTS, Variant
+from ..variants import VARIANTS, Variant
 from . import BuildError, ninja
 from .objects import Compiled, compile_objects
 from .ptxas import KernelUsage, kernel_names, parse, remarks
@@ -35,7 +35,7 @@ class Report:
         name, log = self.variant.name, self.compiled.log
         if self.compiled.path is None:
             return [f"{name}: does not compile\n{ninja.excerpt(log.splitlines(keepends=True))}"]
-        allowed = ALLOWED_SPILLS.get(name, 0)
+        allowed = self.variant.allowed_spills
         names = kernel_names(kernel.symbol for kernel in self.kernels)
         found = [
             f"{name}: {names[kernel.symbol]} for {kernel.arch} spills {kernel.spills} bytes, allowed are {allowed}"
@@ -70,6 +70,16 @@ def _heaviest(kernels: Sequence[KernelUsage]) -> list[KernelUsage]:
     return [by_arch[arch] for arch in sorted(by_arch)]
 
 
+def spills(found: Sequence[Report]) -> dict[str, int]:
+    """What ALLOWED_SPILLS of variants.py would have to hold for these reports to pass."""
+    worst: dict[str, int] = {}
+    for report in found:
+        v, most = report.variant, max((kernel.spills for kernel in report.kernels), default=0)
+        key = f"{v.arch}_{v.pass_name}_d{v.head_dim}_{v.feature}"
+        worst[key] = max(worst.get(key, 0), most)
+    return {key: most for key, most in worst.items() if most}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -80,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", default=(), help="variants whose names contain all of these")
     parser.add_argument("--kernels", action="store_true", help="a line for every kernel")
+    parser.add_argument("--spills", action="store_true", help="print what ALLOWED_SPILLS would have to hold, and stop")
     parser.add_argument("--jobs", type=int, help="compilers at once")
     options = parser.parse_args(arguments)
     variants = [variant for variant in VARIANTS if all(part in variant.name for part in options.only)]
@@ -92,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     found = [Report(*pair) for pair in zip(variants, compiled, strict=True)]
+    if options.spills:
+        print("".join(f'    "{key}": {most},\n' for key, most in spills(found).items()), end="")
+        return 0
     print(table(found, options.kernels))
     problems = [problem for report in found for problem in report.problems()]
     for problem in problems:
