@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .validation import check_groups
 
 EPS = 1e-12
 """Smallest norm that is divided by, as in `torch.nn.functional.normalize`."""
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def keep_rows(x: Tensor, visible: Tensor) -> Tensor:
+    """torch.where(visible, x, 0) for NaN and Inf too, not differentiable: a bitwise product is vectorised on a CPU.
+
+    visible: bool, broadcastable to x.
+    """
+    integers = _INTEGERS[x.element_size()]
+    return (x.view(integers) & -visible.to(integers)).view(x.dtype)
 
 
 def l2norm(x: Tensor, groups: int = 1) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .normalize import l2norm
+from .normalize import keep_rows, l2norm
 
 HAS_BFLOAT16_PRODUCTS = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 MIN_BFLOAT16_KEYS = 256
@@ -93,7 +93,7 @@ def attention(
     is_grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210
     with torch.autocast(q.device.type, enabled=False):
         if mask is not None:  # a masked key or value may be NaN
-            k, v = (torch.where(mask[:, :, None, :, None], x, 0.0) for x in (k, v))
+            k, v = (_keep_rows(x, mask[:, :, None, :, None]) for x in (k, v))
         if l2norm_qk:
             q, k = l2norm(q, groups), l2norm(k, groups)
         # Torch hides keys from causal scores with -inf before it multiplies by its scale: that has to be positive.
@@ -122,6 +122,22 @@ def _mask_of(mask: Tensor | None, bias: Tensor | None, batch: torch.Size) -> Ten
     if bias is None:
         return None
     return bias.detach().flatten(0, 1)
+
+
+def _keep_rows(x: Tensor, visible: Tensor) -> Tensor:
+    """torch.where(visible, x, 0): six times faster in eager mode, 5 per cent of the attention at 512 keys."""
+    return torch.where(visible, x, 0.0) if torch.compiler.is_compiling() else _KeepRows.apply(x, visible)
+
+
+class _KeepRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, visible):
+        ctx.save_for_backward(visible)
+        return keep_rows(x, visible)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None  # finite, for the attention gives hidden keys no gradient
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

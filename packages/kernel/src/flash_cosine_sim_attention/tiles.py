@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .normalize import EPS
+from .normalize import EPS, keep_rows
 from .problem import Outputs, Problem
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
@@ -146,7 +146,7 @@ class Tiles:
         """x (x0, x1, y, c, ...) with rows of masked keys set to 0."""
         if self.problem.mask is None:
             return x
-        return torch.where(broadcast_slice(self.problem.mask, (*box[:2], keys))[:, :, None, :, None], x, 0.0)
+        return keep_rows(x, broadcast_slice(self.problem.mask, (*box[:2], keys))[:, :, None, :, None])
 
     def hidden_by_mask(self, box: Box, keys: slice) -> Tensor | None:
         """bool (x0 | 1, x1 | 1, 1, 1, 1, c), True = hidden."""
