@@ -82,7 +82,8 @@ class CudaKernels:
 
     def _launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
         q, feature = problem.q, _feature(pass_name, problem)
-        key = (q.device, _kernel_dtype(q, pass_name), q.shape[-1], problem.v.shape[-1], problem.groups, feature)
+        dtype, has_mask = _kernel_dtype(q, pass_name), problem.mask is not None
+        key = (q.device, dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature, has_mask)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -101,7 +102,11 @@ class CudaKernels:
         dtype = _kernel_dtype(problem.q, pass_name)
         reason: str | None = None
         for arch in self._candidates(pass_name):
-            reason = refusal(arch, capability) or why_none(arch, pass_name, dtype, width, feature)
+            reason = (
+                refusal(arch, capability)
+                or why_none(arch, pass_name, dtype, width, feature)
+                or ("the sm90 forward takes no key mask" if arch == "sm90" and problem.mask is not None else None)
+            )
             if reason is None:
                 assert capability is not None
                 variant = variant_for(arch, pass_name, dtype, width, feature)

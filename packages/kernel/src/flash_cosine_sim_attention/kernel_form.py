@@ -21,9 +21,9 @@ def kernel_width(head_dim: int, value_head_dim: int, groups: int) -> int:
 
 
 def has_rows(x: Tensor) -> bool:
-    """Whether the last dim is contiguous and rows start on 16-byte boundaries."""
+    """Whether the last dim is contiguous and rows, each of its own, start on 16-byte boundaries."""
     strides, per_chunk = x.stride(), 16 // x.element_size()
-    if x.data_ptr() % 16 or strides[4] != 1:
+    if x.data_ptr() % 16 or strides[4] != 1 or (strides[3] == 0 and x.shape[3] > 1):
         return False
     if not (strides[0] | strides[1] | strides[2] | strides[3]) % per_chunk:
         return True
