@@ -16,6 +16,8 @@ __host__ __device__ constexpr int padded_queries(int num_queries) {
 }
 
 // With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
+// Two rows 2 r, 2 r + 1 lie together as {score, score, shift, shift}, {gradient, gradient, offset, offset}, since a thread
+// holds two neighbouring queries of a transposed score.
 // A row that sees no key, and a row of padding, has shift -inf and zeros elsewhere: P and dS' are 0.
 struct QueryRow {
   float score;     // scale * q_rnorm * log2(e)
@@ -23,6 +25,11 @@ struct QueryRow {
   float gradient;  // q_rnorm * scale_in_rows
   float offset;    // -delta * gradient,  delta = sum_c dout_c out_c - dlse
 };
+
+__device__ __forceinline__ QueryRow query_row(const float4* rows, int row) {
+  const float* source = reinterpret_cast<const float*>(rows + row / 2 * 2) + row % 2;
+  return {source[0], source[2], source[4], source[6]};
+}
 
 // How the norm meets the products: folded into the factors of QueryRow and k_factor, or by unit copies, or not at all.
 __host__ __device__ inline bool norm_is_folded(const Problem& p) { return p.l2norm_qk && p.q_unit == nullptr; }
@@ -82,7 +89,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
         result = {head_scale(p, index.head) * rnorm * kLog2e, -lse * kLog2e, gradient, -delta * gradient};
       }
     }
-    p.query_rows[padded_row] = make_float4(result.score, result.shift, result.gradient, result.offset);
+    float* target = reinterpret_cast<float*>(p.query_rows + padded_row / 2 * 2) + padded_row % 2;
+    target[0] = result.score, target[2] = result.shift, target[4] = result.gradient, target[6] = result.offset;
   }
   if (p.dq_accum != nullptr && column < kHeadDim) {
     float4* target = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + column);

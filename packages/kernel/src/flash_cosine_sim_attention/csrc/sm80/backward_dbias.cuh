@@ -57,7 +57,8 @@ __device__ __forceinline__ void add_tile(float (&sum)[1][ScoreBlock<Traits>::kN]
   Block::compute_ds(ds, smem, p, head, query0, key0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float gradient = smem.query_rows[threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4].z;
+    const int row = threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4;
+    const float gradient = query_row(smem.query_rows, row).gradient;
     const float factor = gradient != 0.0f ? 1.0f / gradient : 0.0f;
 #pragma unroll
     for (int n = 0; n < Block::kN; ++n) {

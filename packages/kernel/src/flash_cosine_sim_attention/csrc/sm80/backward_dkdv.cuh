@@ -52,7 +52,6 @@ struct DkDvWork {
   int key0;         // first key of the block
   int key_limit;    // keys of the block that exist
   int first_q_block, num_q_blocks;  // query blocks that can see a key of the block: per query head
-  int start_q_block;
   int group;        // query heads of the kv head
   bool wants_dk, wants_dv, wants_dq;
 
@@ -67,10 +66,6 @@ struct DkDvWork {
     const int first_query = p.causal ? max(0, key0 - (p.num_keys - p.num_queries)) : 0;
     first_q_block = first_query / Config::kBlockQ;
     num_q_blocks = max(0, ceil_div(p.num_queries, Config::kBlockQ) - first_q_block);
-    start_q_block = first_q_block;
-#ifndef FCSA_NO_ROTATE
-    if (!p.causal && num_q_blocks > 0) start_q_block += key0 / Config::kBlockQ % num_q_blocks;
-#endif
   }
 
   __device__ __forceinline__ TileIndex query_head(const QueryStep& step) const {
@@ -79,12 +74,11 @@ struct DkDvWork {
     return result;
   }
 
-  // The walk: query blocks of the first query head, then of the next. It starts where the diagonal would be and wraps
-  // round, so that blocks that run together add to different parts of dq.
-  __device__ __forceinline__ QueryStep first() const { return {0, start_q_block}; }
+  // The walk: query blocks of the first query head, then of the next.
+  __device__ __forceinline__ QueryStep first() const { return {0, first_q_block}; }
   __device__ __forceinline__ QueryStep after(const QueryStep& step) const {
-    const int following = step.q_block + 1 < first_q_block + num_q_blocks ? step.q_block + 1 : first_q_block;
-    return {step.head + (following == start_q_block), following};
+    if (step.q_block + 1 < first_q_block + num_q_blocks) return {step.head, step.q_block + 1};
+    return {step.head + 1, first_q_block};
   }
 };
 
@@ -147,14 +141,15 @@ struct ThreadKeys {
   __device__ __forceinline__ bool all_visible() const { return visible == (1u << 2 * Config::kKeyTiles) - 1; }
 };
 
-// The part [part, part + 1) of `parts` of a warp's score columns, (n, c) pairs of n8 tile and column in it.
+// Calls function(n, c) for column c of n8 tile n of a warp's scores, for the share `part` of `parts` of the tiles.
 template <int kN, class Function>
 __device__ __forceinline__ void for_columns(int part, int parts, Function function) {
-  const int per_part = (2 * kN + parts - 1) / parts;
+  const int per_part = (kN + parts - 1) / parts;
 #pragma unroll
-  for (int i = 0; i < per_part; ++i) {
-    const int pair = part * per_part + i;
-    if (pair < 2 * kN) function(pair / 2, pair % 2);
+  for (int n = part * per_part; n < (part + 1) * per_part; ++n) {
+    if (n >= kN) continue;
+    function(n, 0);
+    function(n, 1);
   }
 }
 
@@ -164,16 +159,17 @@ __device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4
                                              const ThreadKeys<Config>& keys, const float4* rows,
                                              const BiasReader<typename Config::Element>& bias, int query0, int key0) {
   const int lane = threadIdx.x % 32, column = 8 * n + lane % 4 * 2 + c;
-  const float2 row = *reinterpret_cast<const float2*>(rows + column);  // score, shift
+  const float4 pair = rows[8 * n + lane % 4 * 2];
+  const float score = c == 0 ? pair.x : pair.y, row_shift = c == 0 ? pair.z : pair.w;
 #pragma unroll
   for (int m = 0; m < Config::kKeyTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = s[m][n][2 * half + c];
       const float t = Config::kFoldsNorm ? x * keys.factor[m][half] : x;
-      float shift = row.y;
+      float shift = row_shift;
       if constexpr (Config::kHasBias) shift += bias(query0 + column, key0 + 16 * m + 8 * half + lane / 4);
-      x = ptx::exp2_approx(fmaf(t, row.x, shift));
+      x = ptx::exp2_approx(fmaf(t, score, shift));
     }
   }
 }
@@ -183,13 +179,14 @@ template <class Config, int kN>
 __device__ __forceinline__ void differentiate(float (&dp)[Config::kKeyTiles][kN][4],
                                               const float (&p)[Config::kKeyTiles][kN][4], int n, int c,
                                               const ThreadKeys<Config>& keys, const float4* rows) {
-  const float2 row = reinterpret_cast<const float2*>(rows + 8 * n + threadIdx.x % 4 * 2 + c)[1];  // gradient, offset
+  const float4 pair = rows[8 * n + threadIdx.x % 4 * 2 + 1];
+  const float gradient = c == 0 ? pair.x : pair.y, offset = c == 0 ? pair.z : pair.w;
 #pragma unroll
   for (int m = 0; m < Config::kKeyTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& x = dp[m][n][2 * half + c];
-      x = p[m][n][2 * half + c] * fmaf(x, row.x, row.y);
+      x = p[m][n][2 * half + c] * fmaf(x, gradient, offset);
       if constexpr (Config::kFoldsNorm) x *= keys.factor[m][half];
     }
   }

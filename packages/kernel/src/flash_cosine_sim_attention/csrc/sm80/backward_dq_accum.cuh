@@ -10,7 +10,7 @@
 
 namespace fcsa::sm80 {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(FCSA_SCALAR_RED)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kVectorReductions = true;
 #else
 constexpr bool kVectorReductions = false;

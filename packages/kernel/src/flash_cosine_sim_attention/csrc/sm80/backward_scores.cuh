@@ -73,20 +73,20 @@ struct ScoreBlock {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 8 * half + lane / 4;
-      const float4 factors = smem.query_rows[row];  // score, shift, gradient, offset
+      const QueryRow factors = query_row(smem.query_rows, row);
       const int last_key = p.causal ? query0 + row + p.num_keys - p.num_queries : p.num_keys;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int column = 8 * n + lane % 4 * 2 + c, key = key0 + column;
-          float shift = factors.y;
+          float shift = factors.shift;
           if constexpr (Traits::kHasBias) shift += bias(query0 + row, key);
           const float score = s[0][n][2 * half + c] * smem.keys[column].factor;
           const bool visible = smem.keys[column].visible && key <= last_key;
-          const float probability = visible ? ptx::exp2_approx(fmaf(score, factors.x, shift)) : 0.0f;
+          const float probability = visible ? ptx::exp2_approx(fmaf(score, factors.score, shift)) : 0.0f;
           float& x = ds[0][n][2 * half + c];
-          x = probability * fmaf(x, factors.z, factors.w);
+          x = probability * fmaf(x, factors.gradient, factors.offset);
         }
       }
     }

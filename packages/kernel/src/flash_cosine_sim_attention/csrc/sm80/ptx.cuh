@@ -77,6 +77,10 @@ __device__ __forceinline__ void mma_16816<__half>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ __forceinline__ void store_shared(uint32_t smem, int offset, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(smem + offset), "r"(x) : "memory");
+}
+
 // target[i * stride] += x[i], in no order; stride is 1 from sm_90 on, where it is one instruction (16-byte boundary).
 __device__ __forceinline__ void reduce_add_4(float* target, int stride, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 900
