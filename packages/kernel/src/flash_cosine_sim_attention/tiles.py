@@ -65,7 +65,7 @@ class Tiling:
             box.append(max(min(size, capacity), 1))
             capacity = max(capacity // box[-1], 1)
         x0, x1, y = reversed(box)
-        return cls((x0, x1, y), rows, keys)
+        return cls((x0, x1, y), min(rows * capacity, max(nq, 1)), keys)  # few batch elements: more rows at a time
 
 
 def steps(length: int, step: int) -> list[slice]:
