@@ -1,6 +1,6 @@
 """Compiles every variant, no GPU needed, and prints what each kernel uses. Fails on spills and wgmma remarks.
 
-    python -m flash_cosine_sim_attention._build.compile_report [--arch 80+ 90a] [--only forward d64] [--kernels|--spills]
+    python -m flash_cosine_sim_attention._build.compile_report [--arch 80+ 90a] [--only forward d64] [--kernels]
 
 A variant whose sources, flags and compiler are unchanged since its last report is not compiled again. The objects
 serve the ahead-of-time library as well.
