@@ -12,6 +12,7 @@ from flash_cosine_sim_attention import cuda, flash_cosine_sim_attention, kernel_
 from flash_cosine_sim_attention._build import BuildError, cache, toolchain
 from flash_cosine_sim_attention._build.spec import CSRC, binding_target
 from flash_cosine_sim_attention.ops import empty_outputs
+from flash_cosine_sim_attention.problem import Problem, canonicalize
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs, poisoned_gradients
 from flash_cosine_sim_attention.variants import HEAD_DIMS, Variant, dtypes_of, find_variant
 
@@ -178,6 +179,25 @@ def test_forward_and_backward_are_compiled_together(host_launchers):
     x.v.requires_grad_()
     flash_cosine_sim_attention(**x.arguments(), backend="sm80")
     assert [(v.pass_name, v.feature) for v in host_launchers] == [("forward", "running_max"), ("backward", "bias")]
+
+
+def test_hopper_takes_its_own_forward_where_there_is_one(host_launchers, monkeypatch):
+    def served_by(capability, requires_grad=False, **options):
+        monkeypatch.setattr(cuda, "capability_of", lambda device: capability)
+        host_launchers.clear()
+        x = make_inputs(nq=5, nk=7, **({"d": 64, "dtype": torch.bfloat16} | options))
+        x.q.requires_grad_(requires_grad)
+        problem = Problem(*canonicalize(x.q, x.k, x.v, x.mask, x.attn_bias, x.scale, False), 1, False, True)
+        cuda.CudaKernels(None).forward(problem, empty_outputs(problem))
+        return [(variant.arch, variant.pass_name, variant.head_dim) for variant in host_launchers]
+
+    assert served_by((8, 6)) == [("sm80", "forward", 64)]
+    assert served_by((12, 0)) == [("sm80", "forward", 64)]
+    assert served_by((9, 0)) == [("sm90", "forward", 64)]
+    assert served_by((9, 0), mask=True) == [("sm80", "forward", 64)]
+    assert served_by((9, 0), bias="hij") == [("sm80", "forward", 64)]
+    assert served_by((9, 0), d=32, requires_grad=True)[1:] == [("sm80", "backward", 32)]
+    assert served_by((9, 0), dtype=torch.float32) == [("sm80", "forward", 64)]
 
 
 def test_error_of_a_launcher_is_raised(host_library, host_launchers, monkeypatch):

@@ -110,10 +110,9 @@ class CudaKernels:
             if reason is None:
                 assert capability is not None
                 variant = variant_for(arch, pass_name, dtype, width, feature)
+                also = self._needed_soon(problem, width) if pass_name == "forward" else ()
                 try:
-                    return Launcher(
-                        launchers.address(variant, capability, _needed_soon(variant, problem)), variant.head_dim
-                    )
+                    return Launcher(launchers.address(variant, capability, also), variant.head_dim)
                 except BuildError as error:
                     reason = str(error)
         assert reason is not None
@@ -124,6 +123,15 @@ class CudaKernels:
         if self.arch is None:
             return ("sm90", "sm80")
         return (self.arch,) if self.arch == "sm80" or has_pass("sm90", pass_name) else ("sm80",)
+
+    def _needed_soon(self, problem: Problem, width: int) -> Sequence[Variant]:
+        """The backward kernel of a forward call that will be differentiated: compiled in the same go."""
+        inputs = (problem.q, problem.k, problem.v, problem.bias, problem.scale)
+        if not any(x is not None and x.requires_grad for x in inputs):
+            return ()
+        dtype, feature = _kernel_dtype(problem.q, "backward"), _feature("backward", problem)
+        found = (find_variant(arch, "backward", dtype, width, feature) for arch in self._candidates("backward"))
+        return [variant for variant in found if variant is not None][:1]
 
 
 AUTOMATIC = CudaKernels(None)
@@ -153,19 +161,6 @@ def _feature(pass_name: str, problem: Problem) -> str:
         return "plain" if problem.bias is None else "bias"
     bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
-
-
-def _needed_soon(variant: Variant, problem: Problem) -> Sequence[Variant]:
-    """The backward kernel of a forward call that will be differentiated: compiled in the same go."""
-    inputs = (problem.q, problem.k, problem.v, problem.bias, problem.scale)
-    if variant.pass_name != "forward" or not any(x is not None and x.requires_grad for x in inputs):
-        return ()
-    feature = _feature("backward", problem)
-    for arch in (variant.arch, "sm80"):
-        backward = find_variant(arch, "backward", variant.dtype, variant.head_dim, feature)
-        if backward is not None:
-            return (backward,)
-    return ()
 
 
 # ---- one pass each: bring the tensors into the kernels' form, launch, bring the results back ----

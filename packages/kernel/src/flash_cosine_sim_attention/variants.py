@@ -42,8 +42,8 @@ TABLE = (
 )
 
 ALLOWED_SPILLS: dict[str, int] = {
-    # Accumulators and operands hold all registers there are; what gives way is loop state and the block's indices, a few
-    # loads a tile of some hundred products. Shapes without spills were slower (docs/decisions.md).
+    # Accumulators and operands hold all registers there are; what gives way is loop state and the block's indices, a
+    # few loads a tile of some hundred products. Shapes without spills were slower (docs/decisions.md).
     "sm80_forward_d32_bounded": 80,
     "sm80_forward_d64_bounded": 216,
     "sm80_forward_d64_running_max": 116,
