@@ -37,7 +37,8 @@ TABLE = (
     Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max")),
     Row("sm80", "forward", ("float32",), HEAD_DIMS[:4], ("running_max",)),
     Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max",)),
-    Row("sm80", "backward", HALF, HEAD_DIMS, ("plain", "bias")),
+    Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias")),
+    Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias")),
     Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded",)),
 )
 
