@@ -217,7 +217,8 @@ def launch_backward(
     accumulates = (dq is not None or dscale_rows is not None) and not deterministic
     padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
     # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it works on unit copies
-    copies = norm and (groups > 1 or q.dtype == torch.float16)
+    split = q.dtype == torch.float32  # multiplied as halves, from copies of q, k, v and dout
+    copies = split or (norm and (groups > 1 or q.dtype == torch.float16))
     torch.ops.flash_cosine_sim_attention.launch_backward(
         launcher.address,
         q,
@@ -245,6 +246,10 @@ def launch_backward(
         workspace(q, (*padded_rows, launcher.head_dim)) if accumulates else None,
         workspace(q, q.shape, q.dtype) if copies else None,
         workspace(q, k.shape, q.dtype) if copies else None,
+        workspace(q, v.shape, q.dtype) if split else None,
+        workspace(q, v.shape[:3]) if split else None,
+        workspace(q, q.shape, q.dtype) if split else None,
+        workspace(q, (2, *v.shape[:3])) if split else None,
         deterministic,
     )
     write_back(dq, gradients.dq, groups)

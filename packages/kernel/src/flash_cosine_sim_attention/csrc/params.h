@@ -86,6 +86,13 @@ struct BackwardParams : Problem {
   float4* query_rows;  // (b0, b1, h, rows) contiguous: common/backward_preprocess.cuh
   float* dq_accum;     // (b0, b1, h, rows, columns) floats; nullptr where dq is not wanted, or deterministic
 
+  // Workspaces of float32, copies as halves (norm/split.cuh): v (b0, b1, hk, j, d) and dout (b0, b1, h, i, d) float's
+  // worth of bytes, max |v| (b0, b1, hk), and max |dout| and max |dlse| over the queries of a kv head, (2, b0, b1, hk).
+  void* v_split;
+  float* v_largest;
+  void* dout_split;
+  float* dout_largest;
+
   bool deterministic;  // bit-equal results from run to run: no atomics
 };
 

@@ -254,7 +254,8 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
                      OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
                      OptionalTensor dq, OptionalTensor dk, OptionalTensor dv, OptionalTensor dbias,
                      OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum, OptionalTensor q_unit,
-                     OptionalTensor k_unit, bool deterministic) {
+                     OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor dout_split,
+                     OptionalTensor dout_largest, bool deterministic) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::BackwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
@@ -275,6 +276,10 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
     fail("dq_accum", "columns of the variant's head dim", shape_of(*dq_accum));
   const int64_t columns = dq_accum.has_value() ? dq_accum->size(dq_accum->dim() - 1) : 0;
   p.dq_accum = float_data("dq_accum", dq_accum, q, {s.b0, s.b1, s.heads, rows, columns});
+  p.v_split = unit_data("v_split", v_split, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
+  p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
+  p.dout_split = unit_data("dout_split", dout_split, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim});
+  p.dout_largest = float_data("dout_largest", dout_largest, q, {2, s.b0, s.b1, s.kv_heads});
   p.deterministic = deterministic;
   launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
 }
@@ -292,6 +297,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "float scale_value, int groups, bool causal, bool l2norm_qk, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
       "Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
       "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? q_unit, Tensor(i!)? k_unit, "
+      "Tensor(j!)? v_split, Tensor(k!)? v_largest, Tensor(l!)? dout_split, Tensor(m!)? dout_largest, "
       "bool deterministic) -> ()");
 }
 

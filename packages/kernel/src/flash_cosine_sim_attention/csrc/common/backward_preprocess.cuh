@@ -1,8 +1,10 @@
 // What the backward needs of every query row before it starts, and zeros in the accumulator of dq.
 #pragma once
 
+#include "../norm/split.cuh"
 #include "../params.h"
 #include "reduce.cuh"
+#include "softmax.cuh"
 #include "tile_index.cuh"
 #include "vectorized.cuh"
 
@@ -16,19 +18,26 @@ __host__ __device__ constexpr int padded_queries(int num_queries) {
 }
 
 // With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
-// Two rows 2 r, 2 r + 1 lie together as {score, score, shift, shift}, {gradient, gradient, offset, offset}, since a thread
-// holds two neighbouring queries of a transposed score.
-// A row that sees no key, and a row of padding, has shift -inf and zeros elsewhere: P and dS' are 0.
+// Rows 2 r and 2 r + 1 lie together as {score, score, shift, shift}, {gradient, gradient, offset, offset}: a thread
+// holds two neighbouring queries of a transposed score. float32: the powers of two that its operands carry
+// (OperandScales, kUnit, kProbabilityScale) are undone or put on here. A row that sees no key, and a row of padding,
+// has shift -inf and zeros elsewhere: P and dS' are 0.
 struct QueryRow {
   float score;     // scale * q_rnorm * log2(e)
   float shift;     // -lse * log2(e)
-  float gradient;  // q_rnorm * scale_in_rows
-  float offset;    // -delta * gradient,  delta = sum_c dout_c out_c - dlse
+  float gradient;  // q_rnorm * row_scale
+  float offset;    // -delta * q_rnorm * row_scale,  delta = sum_c dout_c out_c - dlse
 };
 
 __device__ __forceinline__ QueryRow query_row(const float4* rows, int row) {
   const float* source = reinterpret_cast<const float*>(rows + row / 2 * 2) + row % 2;
   return {source[0], source[2], source[4], source[6]};
+}
+
+__device__ __forceinline__ TileIndex kv_head_of(const Problem& p, const TileIndex& head) {
+  TileIndex result = head;
+  result.head = head.head / (p.heads / p.kv_heads);
+  return result;
 }
 
 // How the norm meets the products: folded into the factors of QueryRow and k_factor, or by unit copies, or not at all.
@@ -53,15 +62,40 @@ __device__ __forceinline__ float remaining_scale(const Problem& p, int head) {
   return scale_in_rows(p) && scale != 0.0f ? 1.0f : scale;
 }
 
+// Powers of two that the operands of float32 carry (norm/split.cuh), of one kv head; all 1 for half types.
+struct OperandScales {
+  float dout = 1.0f, v = 1.0f;
+  float ds = 1.0f;  // what dS' is multiplied by on top of QueryRow's factors, to lie in the range of halves
+};
+
+// |dS'| <= (|dP| + |delta|) |row_scale| <= (2 d max|dout| max|v| + max|dlse|) max|row_scale|
+__device__ __forceinline__ OperandScales operand_scales(const BackwardParams& p, const TileIndex& kv_head) {
+  const int64_t index = kv_head.first_row(p.b1, p.kv_heads, 1);
+  const float v = p.v_largest[index], dout = p.dout_largest[index];
+  const float dlse = p.dout_largest[static_cast<int64_t>(p.b0) * p.b1 * p.kv_heads + index];
+  const int group = p.heads / p.kv_heads;
+  float largest_scale = 0.0f;
+  for (int i = 0; i < (scale_in_rows(p) ? group : 1); ++i) {
+    largest_scale = fmaxf(largest_scale, fabsf(row_scale(p, kv_head.head * group + i)));
+  }
+  return {split_scale(dout), split_scale(v), split_scale((2.0f * p.head_dim * dout * v + dlse) * largest_scale)};
+}
+
+template <class Traits>
+__device__ __forceinline__ OperandScales scales_of(const BackwardParams& p, const TileIndex& kv_head) {
+  if constexpr (Traits::kFloat) return operand_scales(p, kv_head);
+  return {};
+}
+
 namespace backward {
 
 constexpr int kPreprocessThreads = 256;
-constexpr float kLog2e = 1.4426950408889634f;
 
-// One row in kLanesPerRow lanes, eight columns each. kHeadDim: columns of dq_accum.
-template <class Element, int kHeadDim, int kLanesPerRow>
+// One row in kLanesPerRow lanes, eight columns each.
+template <class Traits, int kLanesPerRow>
 __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __grid_constant__ BackwardParams p) {
-  constexpr int kRows = kPreprocessThreads / kLanesPerRow;
+  using Element = typename Traits::Element;
+  constexpr int kRows = kPreprocessThreads / kLanesPerRow, kHeadDim = Traits::kHeadDim;
   const int padded = padded_queries(p.num_queries);
   const TileIndex index = TileIndex::from_block(blockIdx.x, padded / kRows, p.heads, p.b1);
   const int row = index.tile * kRows + threadIdx.x / kLanesPerRow;
@@ -85,8 +119,12 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
       if (p.dlse != nullptr) delta -= p.dlse[source];
       const float lse = p.lse[source], rnorm = norm_is_folded(p) ? p.q_rnorm[source] : 1.0f;
       if (lse != -INFINITY) {
-        const float gradient = rnorm * row_scale(p, index.head);
-        result = {head_scale(p, index.head) * rnorm * kLog2e, -lse * kLog2e, gradient, -delta * gradient};
+        float factor = rnorm * row_scale(p, index.head);
+        const OperandScales scales = scales_of<Traits>(p, kv_head_of(p, index));
+        factor *= scales.ds / Traits::kProbabilityScale;
+        const float score = head_scale(p, index.head) * rnorm * kLog2e / (Traits::kUnit * Traits::kUnit);
+        const float shift = Traits::kLog2ProbabilityScale - lse * kLog2e;
+        result = {score, shift, factor / scales.dout / scales.v, -delta * factor};
       }
     }
     float* target = reinterpret_cast<float*>(p.query_rows + padded_row / 2 * 2) + padded_row % 2;
@@ -98,15 +136,16 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
   }
 }
 
-template <class Element, int kHeadDim>
+template <class Traits>
 cudaError_t launch_preprocess(const BackwardParams& p, cudaStream_t stream) {
+  constexpr int kHeadDim = Traits::kHeadDim;
   constexpr int kLanesPerRow = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   constexpr int kRows = kPreprocessThreads / kLanesPerRow;
   static_assert(kQueryPadding % kRows == 0);
   const int64_t blocks = static_cast<int64_t>(padded_queries(p.num_queries) / kRows) * p.heads * p.b1 * p.b0;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  preprocess_kernel<Element, kHeadDim, kLanesPerRow><<<static_cast<uint32_t>(blocks), kPreprocessThreads, 0, stream>>>(p);
+  preprocess_kernel<Traits, kLanesPerRow><<<static_cast<uint32_t>(blocks), kPreprocessThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

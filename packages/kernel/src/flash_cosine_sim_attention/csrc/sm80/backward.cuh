@@ -1,12 +1,14 @@
 // The backward pass: launches, in order.
 //
 //   l2norm_forward       unit copies of q and k, where the norm is not folded
+//   split                float32: v and dout as halves
 //   preprocess           query_rows, zeros in dq_accum
 //   backward_dkdv        dk, dv, dq_accum
 //   dq_postprocess       dq, dscale_rows          or, deterministic: backward_dq
 //   backward_dbias       dbias
 #pragma once
 
+#include "../common/backward_split.cuh"
 #include "../norm/l2norm_forward.cuh"
 #include "backward_dbias.cuh"
 #include "backward_dkdv.cuh"
@@ -17,14 +19,21 @@ namespace fcsa::sm80 {
 
 constexpr int kSmallSharedMemory = 99 * 1024;  // of a block, on compute capability 8.6, 8.9 and 12.0
 
-template <class Element>
-cudaError_t launch_unit_copies(const Problem& p, cudaStream_t stream) {
-  if (p.q_unit == nullptr) return cudaSuccess;
-  if (const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, nullptr, p.q_unit), stream);
-      error != cudaSuccess) {
-    return error;
-  }
-  return launch_l2norm_forward<Element>(k_norm_params(p, nullptr, p.k_unit), stream);
+// Unit copies of q and k where they are wanted; of float32 always, normalised or not, and v and dout as halves too.
+template <class Traits>
+cudaError_t launch_copies(const BackwardParams& p, cudaStream_t stream) {
+  using Element = typename Traits::Element;
+  using Unit = std::conditional_t<Traits::kPlanes == 2, SplitHalf, typename Traits::Operand>;
+  if (p.q_unit == nullptr) return Traits::kFloat ? cudaErrorInvalidValue : cudaSuccess;
+  L2NormParams q = q_norm_params(p, nullptr, p.q_unit), k = k_norm_params(p, nullptr, p.k_unit);
+  q.normalize = k.normalize = p.l2norm_qk;
+  cudaError_t error = launch_l2norm_forward<Element, Unit, Traits::kHeadDim>(q, stream);
+  if (error != cudaSuccess) return error;
+  error = launch_l2norm_forward<Element, Unit, Traits::kHeadDim>(k, stream);
+  if (error != cudaSuccess || !Traits::kFloat) return error;
+  error = launch_split<Traits::kPlanes == 1>(v_split_params(p, p.v_largest, p.v_split), stream);
+  if (error != cudaSuccess) return error;
+  return backward::launch_split_dout<Traits>(p, stream);
 }
 
 template <class Config>
@@ -63,9 +72,9 @@ template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
   static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory && sizeof(DbiasStorage<Traits>) <= kSmallSharedMemory);
-  cudaError_t error = launch_unit_copies<typename Traits::Element>(p, stream);
+  cudaError_t error = launch_copies<Traits>(p, stream);
   if (error != cudaSuccess) return error;
-  error = backward::launch_preprocess<typename Traits::Element, Traits::kHeadDim>(p, stream);
+  error = backward::launch_preprocess<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   if (p.dk != nullptr || p.dv != nullptr || p.dq_accum != nullptr) {
     error = launch_dkdv_for_device<Traits>(p, stream);

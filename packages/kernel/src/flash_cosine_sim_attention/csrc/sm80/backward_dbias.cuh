@@ -1,6 +1,6 @@
-// The gradient of the bias: one block of threads owns a tile of it and walks over everything that shares the tile (batch
-// dims, heads, and blocks of queries or keys along which the bias is broadcast). dS is summed in registers in a fixed
-// order and stored once: no atomics, bit-equal results.
+// The gradient of the bias: one block of threads owns a tile of it and walks over everything that shares the tile
+// (batch dims, heads, and blocks of queries or keys along which the bias is broadcast). dS is summed in registers in a
+// fixed order and stored once: no atomics, bit-equal results.
 #pragma once
 
 #include "backward_scores.cuh"
@@ -59,7 +59,10 @@ __device__ __forceinline__ void add_tile(float (&sum)[1][ScoreBlock<Traits>::kN]
   for (int half = 0; half < 2; ++half) {
     const int row = threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4;
     const float gradient = query_row(smem.query_rows, row).gradient;
-    const float factor = gradient != 0.0f ? 1.0f / gradient : 0.0f;
+    float factor = gradient != 0.0f ? 1.0f / gradient : 0.0f;
+    if constexpr (Traits::kFloat) {
+      factor = 1.0f / scales_of<Traits>(p, kv_head_of(p, head)).ds / row_scale(p, head.head);
+    }
 #pragma unroll
     for (int n = 0; n < Block::kN; ++n) {
 #pragma unroll

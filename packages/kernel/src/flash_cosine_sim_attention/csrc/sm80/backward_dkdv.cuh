@@ -1,7 +1,7 @@
 // The main kernel of the backward: dk and dv of a block of keys in registers, dq by additions to a float accumulator.
 //
 // One block of threads owns (b0, b1, kv head, kBlockK keys) and walks over the query heads of its kv head and their
-// query blocks that can see its keys. Transposed scores, so that a warp's accumulators are operands of the next product:
+// query blocks that can see its keys. Scores are transposed: a warp's accumulators are operands of the next product.
 //
 //   S^T (keys x queries) = K Q^T          P^T  = exp2(S^T factors + shift)
 //   dP^T                 = V dO^T         dS'^T = P^T (dP^T gradient + offset) k_factor
@@ -19,10 +19,10 @@ struct Nothing {};
 
 template <class Config>
 struct DkDvStorage {
-  using Element = typename Config::Element;
-  using KeyTile = SmemTile<Element, Config::kBlockK, Config::kHeadDim>;
-  using QueryTile = SmemTile<Element, Config::kBlockQ, Config::kHeadDim>;
-  using ScoreTile = SmemTile<Element, Config::kBlockK, Config::kBlockQ>;
+  using Operand = typename Config::Operand;
+  using KeyTile = SmemTile<Operand, Config::kPlanes * Config::kBlockK, Config::kHeadDim>;
+  using QueryTile = SmemTile<Operand, Config::kPlanes * Config::kBlockQ, Config::kHeadDim>;
+  using ScoreTile = SmemTile<Operand, Config::kPlanes * Config::kBlockK, Config::kBlockQ>;
   struct Loop {
     KeyTile k, v;
     QueryTile q[Config::kStages], dout[Config::kStages];
@@ -30,14 +30,10 @@ struct DkDvStorage {
     std::conditional_t<Config::kSplit != 1, ScoreTile, Nothing> p;  // exchanged among the warps that share keys
     float4 query_rows[Config::kBlockQ];
   };
-  static constexpr int kDkStride = Config::kHeadDim + 8;  // spreads the rows of a fragment over the banks
-  struct Epilogue {
-    KeyTile dv;
-    float dk[Config::kBlockK * kDkStride];
-  };
+  static constexpr int kStride = Config::kHeadDim + 8;  // spreads the rows of a fragment over the banks
   union {
     Loop loop;
-    Epilogue epilogue;
+    float epilogue[Config::kBlockK * kStride];  // dv, then dk
   };
 };
 
@@ -86,15 +82,11 @@ struct DkDvWork {
 template <class Config>
 __device__ __forceinline__ void load_queries(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
                                              const DkDvWork<Config>& work, const QueryStep& step, int stage) {
-  using Element = typename Config::Element;
   const TileIndex head = work.query_head(step);
-  const int query0 = step.q_block * Config::kBlockQ;
-  const Rows<Element> q = query_operand<Element>(p, head);
-  copy_rows_async<Config::kThreads>(smem.q[stage], q.base + query0 * q.stride, q.stride, p.num_queries - query0,
-                                    p.head_dim);
-  const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
-  copy_rows_async<Config::kThreads>(smem.dout[stage], dout + query0 * p.dout_strides.row, p.dout_strides.row,
-                                    p.num_queries - query0, p.head_dim);
+  const int query0 = step.q_block * Config::kBlockQ, num_rows = p.num_queries - query0;
+  const auto q = query_operand<Config>(p, head).from(query0), dout = dout_operand<Config>(p, head).from(query0);
+  copy_rows_async<Config::kThreads, Config::kPlanes>(smem.q[stage], q, num_rows, p.head_dim);
+  copy_rows_async<Config::kThreads, Config::kPlanes>(smem.dout[stage], dout, num_rows, p.head_dim);
 }
 
 template <class Config>
@@ -107,15 +99,12 @@ __device__ __forceinline__ void load_query_rows(typename DkDvStorage<Config>::Lo
 template <class Config>
 __device__ __forceinline__ void load_keys(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
                                           const DkDvWork<Config>& work) {
-  using Element = typename Config::Element;
-  const Rows<Element> k = key_operand<Element>(p, work.index);
+  const auto k = key_operand<Config>(p, work.index).from(work.key0);
+  const auto v = value_operand<Config>(p, work.index).from(work.key0);
   const uint8_t* mask = mask_row(p, work.index);
   if (mask != nullptr) mask += work.key0 * p.mask_key;
-  copy_rows_async<Config::kThreads>(smem.k, k.base + work.key0 * k.stride, k.stride, work.key_limit, p.head_dim, mask,
-                                    p.mask_key);
-  const Element* v = static_cast<const Element*>(p.v) + work.index.offset(p.v_strides);
-  copy_rows_async<Config::kThreads>(smem.v, v + work.key0 * p.v_strides.row, p.v_strides.row, work.key_limit,
-                                    p.head_dim, mask, p.mask_key);
+  copy_rows_async<Config::kThreads, Config::kPlanes>(smem.k, k, work.key_limit, p.head_dim, mask, p.mask_key);
+  copy_rows_async<Config::kThreads, Config::kPlanes>(smem.v, v, work.key_limit, p.head_dim, mask, p.mask_key);
 }
 
 // What a thread knows of its keys: row 8 half + lane / 4 of m16 tile m.
@@ -157,7 +146,7 @@ __device__ __forceinline__ void for_columns(int part, int parts, Function functi
 template <class Config, int kN>
 __device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], int n, int c,
                                              const ThreadKeys<Config>& keys, const float4* rows,
-                                             const BiasReader<typename Config::Element>& bias, int query0, int key0) {
+                                             const BiasReader<Config>& bias, int query0, int key0) {
   const int lane = threadIdx.x % 32, column = 8 * n + lane % 4 * 2 + c;
   const float4 pair = rows[8 * n + lane % 4 * 2];
   const float score = c == 0 ? pair.x : pair.y, row_shift = c == 0 ? pair.z : pair.w;
@@ -222,10 +211,13 @@ __device__ __forceinline__ void accumulate_dq(const typename DkDvStorage<Config>
   set_zero(acc);
 #pragma unroll
   for (int step = 0; step < Config::kBlockK / 16; ++step) {
-    uint32_t fragment[Config::kDqRowTiles][4];
+    uint32_t fragment[Config::kPlanes * Config::kDqRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < Config::kDqRowTiles; ++m) ds.load_transposed(fragment[m], 16 * step, 2 * m);
-    multiply_step<typename Config::Element, Config::kDqWarpsN>(acc, fragment, k, 16 * step);
+    for (int i = 0; i < Config::kPlanes * Config::kDqRowTiles; ++i) {
+      const int plane = i / Config::kDqRowTiles, m = i % Config::kDqRowTiles;
+      ds.load_transposed(fragment[i], plane * Config::kBlockK + 16 * step, 2 * m);
+    }
+    multiply_step<typename Config::Operand, Config::kPlanes, Config::kDqWarpsN>(acc, fragment, k, 16 * step);
   }
 #pragma unroll
   for (int m = 0; m < Config::kDqRowTiles; ++m) {
@@ -237,15 +229,11 @@ __device__ __forceinline__ void accumulate_dq(const typename DkDvStorage<Config>
   }
 }
 
-// Writes dk and dv; masked keys, and keys that no query sees, get zeros.
+// A warp's accumulators into the tile of the epilogue.
 template <class Config>
-__device__ __forceinline__ void write_dk_dv(typename DkDvStorage<Config>::Epilogue& smem, const BackwardParams& p,
-                                            const DkDvWork<Config>& work,
-                                            const float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
-                                            const float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
-                                            int first_key, int part) {
-  using Element = typename Config::Element;
-  constexpr int kDkStride = DkDvStorage<Config>::kDkStride;
+__device__ __forceinline__ void stage_keys(float* tile,
+                                           const float (&acc)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
+                                           int first_key, int part) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < Config::kKeyTiles; ++m) {
@@ -255,37 +243,47 @@ __device__ __forceinline__ void write_dk_dv(typename DkDvStorage<Config>::Epilog
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = first_key + 16 * m + 8 * half + lane / 4;
-        const float* source_dk = dk[m][n] + 2 * half;
-        const float* source_dv = dv[m][n] + 2 * half;
-        *reinterpret_cast<uint32_t*>(&smem.dv.at(row, column)) = pack<Element>(source_dv[0], source_dv[1]);
-        *reinterpret_cast<float2*>(smem.dk + row * kDkStride + column) = make_float2(source_dk[0], source_dk[1]);
+        *reinterpret_cast<float2*>(tile + row * DkDvStorage<Config>::kStride + column) =
+            make_float2(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
       }
     }
   }
-  __syncthreads();
-  if (work.wants_dv) {
-    Element* target = static_cast<Element*>(p.dv) + work.index.offset(p.dv_strides) + work.key0 * p.dv_strides.row;
-    for (int i = threadIdx.x; i < Config::kBlockK * Config::kHeadDim / 8; i += Config::kThreads) {
-      const int row = i / (Config::kHeadDim / 8), column = i % (Config::kHeadDim / 8) * 8;
-      if (row >= work.key_limit || column >= p.head_dim) continue;
-      *reinterpret_cast<uint4*>(target + row * p.dv_strides.row + column) =
-          *reinterpret_cast<const uint4*>(&smem.dv.at(row, column));
-    }
+}
+
+template <class Config>
+__device__ __forceinline__ void write_dv(const float* tile, const BackwardParams& p, const DkDvWork<Config>& work) {
+  using Element = typename Config::Element;
+  constexpr int kChunks = Config::kHeadDim / 8;
+  const float inverse = 1.0f / scales_of<Config>(p, work.index).dout;
+  Element* target = static_cast<Element*>(p.dv) + work.index.offset(p.dv_strides) + work.key0 * p.dv_strides.row;
+  for (int i = threadIdx.x; i < Config::kBlockK * kChunks; i += Config::kThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    if (row >= work.key_limit || column >= p.head_dim) continue;
+    float x[8];
+    load8(x, tile + row * DkDvStorage<Config>::kStride + column);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) x[c] = x[c] * (1.0f / Config::kProbabilityScale) * inverse;
+    store8(target + row * p.dv_strides.row + column, x);
   }
-  if (!work.wants_dk) return;
-  const Rows<Element> k = key_operand<Element>(p, work.index);
+}
+
+template <class Config>
+__device__ __forceinline__ void write_dk(float* tile, const BackwardParams& p, const DkDvWork<Config>& work) {
+  using Element = typename Config::Element;
   const int64_t row0 = work.index.first_row(p.b1, p.kv_heads, p.num_keys) + work.key0;
   const uint8_t* mask = mask_row(p, work.index);
   ProjectedRows rows = {};
-  rows.x = k.base + work.key0 * k.stride, rows.x_stride = k.stride;
+  rows.x = static_cast<const Element*>(p.k) + work.index.offset(p.k_strides) + work.key0 * p.k_strides.row;
+  rows.x_stride = p.k_strides.row;
   rows.rnorm = p.l2norm_qk ? p.k_rnorm + row0 * p.groups : nullptr;
   rows.folded = norm_is_folded(p);
   rows.target = static_cast<Element*>(p.dk) + work.index.offset(p.dk_strides) + work.key0 * p.dk_strides.row;
   rows.target_stride = p.dk_strides.row;
   rows.scale = scale_in_rows(p) ? 1.0f : head_scale(p, work.index.head * work.group);
+  rows.operand_scale = scales_of<Config>(p, work.index).ds, rows.unit = Config::kUnit;
   rows.num_rows = work.key_limit, rows.head_dim = p.head_dim, rows.groups = p.groups;
   rows.visible = mask == nullptr ? nullptr : mask + work.key0 * p.mask_key, rows.visible_stride = p.mask_key;
-  project_rows<Element, Config::kHeadDim, Config::kBlockK, Config::kThreads>(smem.dk, kDkStride, rows);
+  project_rows<Element, Config::kHeadDim, Config::kBlockK, Config::kThreads>(tile, DkDvStorage<Config>::kStride, rows);
 }
 
 // dv += P^T dO and dk += dS'^T Q over the queries of the parts that other warps of the same keys computed.
@@ -294,20 +292,22 @@ __device__ __forceinline__ void accumulate_other_parts(const typename DkDvStorag
                                                        float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                        float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                        bool wants_dk, bool wants_dv, int first_key, int own_part) {
-  using Element = typename Config::Element;
+  using Operand = typename Config::Operand;
   using Storage = DkDvStorage<Config>;
 #pragma unroll 1
-  for (int i = 1; i < Config::kSplit; ++i) {
-    const int part = (own_part + i) % Config::kSplit, row = part * Config::kPartQ;
-    uint32_t fragment[Config::kKeyTiles][4];
+  for (int other = 1; other < Config::kSplit; ++other) {
+    const int part = (own_part + other) % Config::kSplit, row = part * Config::kPartQ;
+    uint32_t fragment[Config::kPlanes * Config::kKeyTiles][4];
     if (wants_dv) {
       const RowsReader<typename Storage::ScoreTile> p(smem.p, first_key, row / 8);
       const RowsReader<typename Storage::QueryTile> dout(smem.dout[stage], row, 2 * own_part);
 #pragma unroll
       for (int query = 0; query < Config::kPartQ; query += 16) {
 #pragma unroll
-        for (int m = 0; m < Config::kKeyTiles; ++m) p.load(fragment[m], 16 * m, query / 8);
-        multiply_step<Element, Config::kSplit>(dv, fragment, dout, query);
+        for (int i = 0; i < Config::kPlanes * Config::kKeyTiles; ++i) {
+          p.load(fragment[i], i / Config::kKeyTiles * Config::kBlockK + 16 * (i % Config::kKeyTiles), query / 8);
+        }
+        multiply_step<Operand, Config::kPlanes, Config::kSplit>(dv, fragment, dout, query);
       }
     }
     if (wants_dk) {
@@ -316,8 +316,10 @@ __device__ __forceinline__ void accumulate_other_parts(const typename DkDvStorag
 #pragma unroll
       for (int query = 0; query < Config::kPartQ; query += 16) {
 #pragma unroll
-        for (int m = 0; m < Config::kKeyTiles; ++m) ds.load(fragment[m], 16 * m, query / 8);
-        multiply_step<Element, Config::kSplit>(dk, fragment, q, query);
+        for (int i = 0; i < Config::kPlanes * Config::kKeyTiles; ++i) {
+          ds.load(fragment[i], i / Config::kKeyTiles * Config::kBlockK + 16 * (i % Config::kKeyTiles), query / 8);
+        }
+        multiply_step<Operand, Config::kPlanes, Config::kSplit>(dk, fragment, q, query);
       }
     }
   }
@@ -331,23 +333,23 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
                                                  float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                  float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                  const BackwardParams& params, const DkDvWork<Config>& work,
-                                                 const ThreadKeys<Config>& keys,
-                                                 const BiasReader<typename Config::Element>& bias, bool has_hidden,
-                                                 bool wants_dk, int query0, int first_key, int part) {
-  using Element = typename Config::Element;
+                                                 const ThreadKeys<Config>& keys, const BiasReader<Config>& bias,
+                                                 bool has_hidden, bool wants_dk, int query0, int first_key, int part) {
+  using Operand = typename Config::Operand;
   using Storage = DkDvStorage<Config>;
   using QueryTile = typename Storage::QueryTile;
   using KeyTile = typename Storage::KeyTile;
+  constexpr int kPlanes = Config::kPlanes, kOperandTiles = kPlanes * Config::kKeyTiles;
   constexpr int kN = Config::kChunkQ / 8, kSteps = kN / 2, kPairs = Config::kColumnPairs;
   const float4* rows = smem.query_rows + row;
   const int key0 = work.key0 + first_key;
   const bool wants_dv = Config::kAll || work.wants_dv, wants_ds = Config::kAll || wants_dk || work.wants_dq;
   float p[Config::kKeyTiles][kN][4], ds[Config::kKeyTiles][kN][4];
-  uint32_t p_operand[kSteps][Config::kKeyTiles][4], ds_operand[kSteps][Config::kKeyTiles][4];
+  uint32_t p_operand[kSteps][kOperandTiles][4], ds_operand[kSteps][kOperandTiles][4];
 
   set_zero(p);
-  multiply_rows<Element, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
-                                           ChunksReader<QueryTile>(smem.q[stage], row, 0));
+  multiply_rows<Operand, kPlanes, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
+                                                    ChunksReader<QueryTile>(smem.q[stage], row, 0));
   const auto exponentiate_part = [&](int i, int parts) {
     for_columns<kN>(i, parts, [&](int n, int c) {
       exponentiate<Config>(p, n, c, keys, rows, bias, query0 + row, key0);
@@ -355,15 +357,16 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
   };
   set_zero(ds);
   if (wants_ds) {
-    multiply_rows<Element, Config::kHeadDim>(ds, RowsReader<KeyTile>(smem.v, first_key, 0),
-                                             ChunksReader<QueryTile>(smem.dout[stage], row, 0), exponentiate_part);
+    multiply_rows<Operand, kPlanes, Config::kHeadDim>(ds, RowsReader<KeyTile>(smem.v, first_key, 0),
+                                                      ChunksReader<QueryTile>(smem.dout[stage], row, 0),
+                                                      exponentiate_part);
   } else {
     exponentiate_part(0, 1);
   }
   if (has_hidden) hide<Config>(p, keys, params, query0 + row, key0);
 
-  to_operand<Element>(p_operand, p);
-  if constexpr (Config::kSplit > 1) store_operand(smem.p, p_operand, first_key, row);
+  to_operand<Operand, kPlanes>(p_operand, p);
+  if constexpr (Config::kSplit > 1) store_operand<kPlanes>(smem.p, p_operand, first_key, row);
   const auto differentiate_part = [&](int i, int parts) {
     for_columns<kN>(i, parts, [&](int n, int c) { differentiate<Config>(ds, p, n, c, keys, rows); });
   };
@@ -371,7 +374,7 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
     const RowsReader<QueryTile> dout(smem.dout[stage], row, 2 * part);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      multiply_step<Element, Config::kSplit>(dv, p_operand[i], dout, 16 * i, [&](int pair, int) {
+      multiply_step<Operand, kPlanes, Config::kSplit>(dv, p_operand[i], dout, 16 * i, [&](int pair, int) {
         differentiate_part(i * kPairs + pair, kSteps * kPairs);
       });
     }
@@ -379,19 +382,18 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
     differentiate_part(0, 1);
   }
   if (!wants_ds) return;
-  to_operand<Element>(ds_operand, ds);
-  store_operand(smem.ds, ds_operand, first_key, row);
+  to_operand<Operand, kPlanes>(ds_operand, ds);
+  store_operand<kPlanes>(smem.ds, ds_operand, first_key, row);
   if (Config::kAll || wants_dk) {
     const RowsReader<QueryTile> q(smem.q[stage], row, 2 * part);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) multiply_step<Element, Config::kSplit>(dk, ds_operand[i], q, 16 * i);
+    for (int i = 0; i < kSteps; ++i) multiply_step<Operand, kPlanes, Config::kSplit>(dk, ds_operand[i], q, 16 * i);
   }
 }
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     backward_dkdv_kernel(const __grid_constant__ BackwardParams params) {
-  using Element = typename Config::Element;
   using Storage = DkDvStorage<Config>;
   constexpr int kColumns = 2 * Config::kColumnPairs;
   extern __shared__ __align__(128) char shared_memory[];
@@ -431,7 +433,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
         params.causal && work.key0 + Config::kBlockK - 1 > query0 + params.num_keys - params.num_queries;
     const bool has_hidden = on_diagonal || !keys.all_visible();
     const bool wants_dk = Config::kAll || (work.wants_dk && head_scale(params, head.head) != 0.0f);
-    const BiasReader<Element> bias(params, head);
+    const BiasReader<Config> bias(params, head);
 #pragma unroll 1
     for (int row = part * Config::kPartQ; row < (part + 1) * Config::kPartQ; row += Config::kChunkQ) {
       accumulate_chunk<Config>(smem, stage, row, dk, dv, params, work, keys, bias, has_hidden, wants_dk, query0,
@@ -451,7 +453,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     if (Config::kAll || work.wants_dq) accumulate_dq<Config>(smem, dq_accum_block<Config>(params, head, step.q_block));
   }
   __syncthreads();
-  write_dk_dv<Config>(storage.epilogue, params, work, dk, dv, first_key, part);
+  if (work.wants_dv) {
+    stage_keys<Config>(storage.epilogue, dv, first_key, part);
+    __syncthreads();
+    write_dv<Config>(storage.epilogue, params, work);
+    __syncthreads();
+  }
+  if (work.wants_dk) {
+    stage_keys<Config>(storage.epilogue, dk, first_key, part);
+    __syncthreads();
+    write_dk<Config>(storage.epilogue, params, work);
+  }
 }
 
 }  // namespace fcsa::sm80

@@ -20,6 +20,8 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     backward_dq_kernel(const __grid_constant__ BackwardParams p) {
   using Block = ScoreBlock<Traits>;
   using Element = typename Traits::Element;
+  using Operand = typename Traits::Operand;
+  constexpr int kPlanes = Traits::kPlanes;
   constexpr int kColumns = Traits::kHeadDim / 8, kStride = Traits::kHeadDim + 8;
   extern __shared__ __align__(128) char shared_memory[];
   DqStorage<Traits>& storage = *reinterpret_cast<DqStorage<Traits>*>(shared_memory);
@@ -39,17 +41,17 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     ptx::cp_async_wait<0>();
     __syncthreads();
     float ds[1][Block::kN][4];
-    uint32_t operand[Block::kN / 2][1][4];
+    uint32_t operand[Block::kN / 2][kPlanes][4];
     Block::compute_ds(ds, smem, p, head, query0, block * Block::kKeys);
 #pragma unroll
     for (int n = 0; n < Block::kN; ++n) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) ds[0][n][r] *= smem.keys[8 * n + lane % 4 * 2 + r % 2].factor;
     }
-    to_operand<Element>(operand, ds);
+    to_operand<Operand, kPlanes>(operand, ds);
     const RowsReader<typename Block::KeyTile> k(smem.k, 0, 0);
 #pragma unroll
-    for (int i = 0; i < Block::kN / 2; ++i) multiply_step<Element, 1>(dq, operand[i], k, 16 * i);
+    for (int i = 0; i < Block::kN / 2; ++i) multiply_step<Operand, kPlanes, 1>(dq, operand[i], k, 16 * i);
     __syncthreads();  // nobody reads k and v any more
   }
 
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
   }
   __syncthreads();
   const ProjectedRows rows =
-      projected_queries<Element>(p, head, query0, min(Block::kQueries, p.num_queries - query0));
+      projected_queries<Traits>(p, head, query0, min(Block::kQueries, p.num_queries - query0));
   project_rows<Element, Traits::kHeadDim, Block::kQueries, Block::kThreads>(storage.dq, kStride, rows);
 }
 

@@ -35,13 +35,14 @@ __device__ __forceinline__ float* dq_accum_block(const BackwardParams& p, const 
 }
 
 // What project_rows needs for dq of the queries from query0 on.
-template <class Element>
+template <class Traits>
 __device__ __forceinline__ ProjectedRows projected_queries(const BackwardParams& p, const TileIndex& head, int query0,
                                                            int num_rows) {
-  const Rows<Element> q = query_operand<Element>(p, head);
+  using Element = typename Traits::Element;
   const int64_t row = head.first_row(p.b1, p.heads, p.num_queries) + query0;
   ProjectedRows rows = {};
-  rows.x = q.base + query0 * q.stride, rows.x_stride = q.stride;
+  rows.x = static_cast<const Element*>(p.q) + head.offset(p.q_strides) + query0 * p.q_strides.row;
+  rows.x_stride = p.q_strides.row;
   rows.rnorm = p.l2norm_qk ? p.q_rnorm + row * p.groups : nullptr;
   rows.folded = norm_is_folded(p);
   if (p.dq != nullptr) {
@@ -51,6 +52,7 @@ __device__ __forceinline__ ProjectedRows projected_queries(const BackwardParams&
   rows.dscale_rows = p.dscale_rows == nullptr ? nullptr : p.dscale_rows + row;
   rows.scale = remaining_scale(p, head.head);
   rows.dscale_factor = 1.0f / row_scale(p, head.head);
+  rows.operand_scale = scales_of<Traits>(p, kv_head_of(p, head)).ds, rows.unit = Traits::kUnit;
   rows.num_rows = num_rows, rows.head_dim = p.head_dim, rows.groups = p.groups;
   return rows;
 }
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
   __syncthreads();
   const ProjectedRows rows =
-      projected_queries<Element>(p, index, query0, min(Config::kBlockQ, p.num_queries - query0));
+      projected_queries<Config>(p, index, query0, min(Config::kBlockQ, p.num_queries - query0));
   project_rows<Element, Config::kHeadDim, Config::kBlockQ, Config::kThreads>(tile, kDqPostprocessStride<Config>, rows);
 }
 

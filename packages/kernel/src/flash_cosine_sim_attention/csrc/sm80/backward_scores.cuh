@@ -10,13 +10,15 @@ namespace fcsa::sm80 {
 template <class Traits>
 struct ScoreBlock {
   using Element = typename Traits::Element;
+  using Operand = typename Traits::Operand;
+  static constexpr int kPlanes = Traits::kPlanes;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kThreads = 128;
   static constexpr int kQueries = 64;
-  static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32;  // all four tiles in 99 KB
+  static constexpr int kKeys = kPlanes * kHeadDim <= 128 ? 64 : 32;  // all four tiles in 99 KB
   static constexpr int kN = kKeys / 8;
-  using QueryTile = SmemTile<Element, kQueries, kHeadDim>;
-  using KeyTile = SmemTile<Element, kKeys, kHeadDim>;
+  using QueryTile = SmemTile<Operand, kPlanes * kQueries, kHeadDim>;
+  using KeyTile = SmemTile<Operand, kPlanes * kKeys, kHeadDim>;
 
   struct KeyColumn {
     float factor;    // k_rnorm where the norm is folded, else 1; 0 where hidden
@@ -32,25 +34,21 @@ struct ScoreBlock {
   // With cp.async (not committed).
   static __device__ __forceinline__ void load_queries(Smem& smem, const BackwardParams& p, const TileIndex& head,
                                                       int query0) {
-    const Rows<Element> q = query_operand<Element>(p, head);
-    copy_rows_async<kThreads>(smem.q, q.base + query0 * q.stride, q.stride, p.num_queries - query0, p.head_dim);
-    const Element* dout = static_cast<const Element*>(p.dout) + head.offset(p.dout_strides);
-    copy_rows_async<kThreads>(smem.dout, dout + query0 * p.dout_strides.row, p.dout_strides.row,
-                              p.num_queries - query0, p.head_dim);
+    const auto q = query_operand<Traits>(p, head).from(query0), dout = dout_operand<Traits>(p, head).from(query0);
+    copy_rows_async<kThreads, kPlanes>(smem.q, q, p.num_queries - query0, p.head_dim);
+    copy_rows_async<kThreads, kPlanes>(smem.dout, dout, p.num_queries - query0, p.head_dim);
     const int64_t row = head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0;
     copy_query_rows_async(smem.query_rows, p.query_rows + row);
   }
 
   static __device__ __forceinline__ void load_keys(Smem& smem, const BackwardParams& p, const TileIndex& kv_head,
                                                    int key0) {
-    const Rows<Element> k = key_operand<Element>(p, kv_head);
-    const Element* v = static_cast<const Element*>(p.v) + kv_head.offset(p.v_strides);
+    const auto k = key_operand<Traits>(p, kv_head).from(key0), v = value_operand<Traits>(p, kv_head).from(key0);
     const int num_keys = p.num_keys - key0;
     const uint8_t* mask = mask_row(p, kv_head);
     if (mask != nullptr) mask += key0 * p.mask_key;
-    copy_rows_async<kThreads>(smem.k, k.base + key0 * k.stride, k.stride, num_keys, p.head_dim, mask, p.mask_key);
-    copy_rows_async<kThreads>(smem.v, v + key0 * p.v_strides.row, p.v_strides.row, num_keys, p.head_dim, mask,
-                              p.mask_key);
+    copy_rows_async<kThreads, kPlanes>(smem.k, k, num_keys, p.head_dim, mask, p.mask_key);
+    copy_rows_async<kThreads, kPlanes>(smem.v, v, num_keys, p.head_dim, mask, p.mask_key);
     if (threadIdx.x >= kKeys) return;
     const int key = threadIdx.x;
     const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
@@ -65,11 +63,12 @@ struct ScoreBlock {
     const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
     float s[1][kN][4];
     set_zero(s);
-    multiply_rows<Element, kHeadDim>(s, RowsReader<QueryTile>(smem.q, first_row, 0), ChunksReader<KeyTile>(smem.k, 0, 0));
+    multiply_rows<Operand, kPlanes, kHeadDim>(s, RowsReader<QueryTile>(smem.q, first_row, 0),
+                                              ChunksReader<KeyTile>(smem.k, 0, 0));
     set_zero(ds);
-    multiply_rows<Element, kHeadDim>(ds, RowsReader<QueryTile>(smem.dout, first_row, 0),
-                                     ChunksReader<KeyTile>(smem.v, 0, 0));
-    const BiasReader<Element> bias(p, head);
+    multiply_rows<Operand, kPlanes, kHeadDim>(ds, RowsReader<QueryTile>(smem.dout, first_row, 0),
+                                              ChunksReader<KeyTile>(smem.v, 0, 0));
+    const BiasReader<Traits> bias(p, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 8 * half + lane / 4;
@@ -84,9 +83,9 @@ struct ScoreBlock {
           if constexpr (Traits::kHasBias) shift += bias(query0 + row, key);
           const float score = s[0][n][2 * half + c] * smem.keys[column].factor;
           const bool visible = smem.keys[column].visible && key <= last_key;
-          const float probability = visible ? ptx::exp2_approx(fmaf(score, factors.score, shift)) : 0.0f;
+          const float p_ij = visible ? ptx::exp2_approx(fmaf(score, factors.score, shift)) : 0.0f;
           float& x = ds[0][n][2 * half + c];
-          x = probability * fmaf(x, factors.gradient, factors.offset);
+          x = p_ij * fmaf(x, factors.gradient, factors.offset);
         }
       }
     }
@@ -99,11 +98,5 @@ struct ScoreBlock {
     return num_keys <= 0 ? 0 : ceil_div(num_keys, kKeys);
   }
 };
-
-__device__ __forceinline__ TileIndex kv_head_of(const Problem& p, const TileIndex& head) {
-  TileIndex result = head;
-  result.head = head.head / (p.heads / p.kv_heads);
-  return result;
-}
 
 }  // namespace fcsa::sm80

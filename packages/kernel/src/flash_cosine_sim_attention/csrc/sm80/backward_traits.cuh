@@ -1,8 +1,8 @@
 // Tile sizes of the backward kernels, and what they are instantiated over.
 //
-// The main kernel owns kBlockK keys and walks over blocks of kBlockQ queries. A warp owns kKeysPerWarp keys; kSplit warps
-// share the same keys, and each of them computes the scores of kBlockQ / kSplit queries and owns 1 / kSplit of the
-// columns of dk and dv. With kSplit = 1 P^T and dS^T go from accumulators to operands without leaving registers.
+// The main kernel owns kBlockK keys and walks over blocks of kBlockQ queries. A warp owns kKeysPerWarp keys; kSplit
+// warps share the same keys, and each of them computes the scores of kBlockQ / kSplit queries and owns 1 / kSplit of
+// the columns of dk and dv. With kSplit = 1 P^T and dS^T go from accumulators to operands without leaving registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,13 +42,39 @@ constexpr BackwardTile small_backward_tile(int head_dim) {
   }
 }
 
+// float32 by hi and lo: twice the operands in shared memory. One stage, so that two blocks of threads share a
+// multiprocessor up to head dim 64.
+constexpr BackwardTile split_backward_tile(int head_dim) {
+  switch (head_dim) {
+    case 32: return {64, 128, 32, 1, 2, 32, 2, 2};
+    case 64: return {64, 64, 32, 2, 1, 32, 2, 2};
+    case 96: return {64, 64, 16, 2, 1, 32, 2, 1};
+    default: return {64, 64, 32, 4, 1, 16, 4, 1};
+  }
+}
+
+constexpr BackwardTile small_split_backward_tile(int head_dim) {
+  switch (head_dim) {
+    case 96: return {32, 64, 32, 2, 1, 16, 2, 1};
+    case 128: return {32, 32, 16, 2, 1, 16, 4, 1};
+    default: return split_backward_tile(head_dim);
+  }
+}
+
 template <class Element_, int kHeadDim_, bool kHasBias_>
 struct BackwardTraits {
-  using Element = Element_;
+  using Element = std::conditional_t<std::is_same_v<Element_, Tf32>, float, Element_>;  // of the tensors
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasBias = kHasBias_;
-  // dS * q_rnorm * k_rnorm keeps the range of bf16; fp16 works on unit copies of q and k.
+  static constexpr bool kFloat = std::is_same_v<Element, float>;       // multiplied as halves, from copies
+  static constexpr int kPlanes = std::is_same_v<Element_, float> ? 2 : 1;  // hi and lo, in three products
+  using Operand = std::conditional_t<kFloat, __half, Element>;         // of the matrix products
+  // dS * q_rnorm * k_rnorm keeps the range of bf16; halves work on unit copies of q and k.
   static constexpr bool kFoldsNorm = std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr float kUnit = kPlanes == 2 ? kUnitScale : 1.0f;  // length of a unit copy
+  // P as halves is multiplied by this, so that small probabilities keep their bits.
+  static constexpr float kLog2ProbabilityScale = kFloat ? 15.0f : 0.0f;
+  static constexpr float kProbabilityScale = kFloat ? 32768.0f : 1.0f;
 };
 
 // kAll: dq, dk and dv are all wanted and no head of scale 0 has to be skipped, so that no branch parts the products.
@@ -57,7 +83,10 @@ struct BackwardConfig : Traits {
   static constexpr bool kAll = kAll_;
   using typename Traits::Element;
   using Traits::kHeadDim;
-  static constexpr BackwardTile kTile = kSmall ? small_backward_tile(kHeadDim) : backward_tile(kHeadDim);
+  using Traits::kPlanes;
+  static constexpr BackwardTile kTile =
+      kPlanes == 2 ? (kSmall ? small_split_backward_tile(kHeadDim) : split_backward_tile(kHeadDim))
+                   : (kSmall ? small_backward_tile(kHeadDim) : backward_tile(kHeadDim));
   static constexpr int kBlockQ = kTile.block_q;
   static constexpr int kBlockK = kTile.block_k;
   static constexpr int kKeysPerWarp = kTile.keys_per_warp;
