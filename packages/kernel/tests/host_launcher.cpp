@@ -192,8 +192,11 @@ template <class Element>
 cudaError_t backward(const fcsa::BackwardParams& p, bool has_bias) {
   if (has_bias != (p.bias != nullptr) || p.query_rows == nullptr) return cudaErrorInvalidValue;
   if (p.l2norm_qk != (p.q_rnorm != nullptr) || p.l2norm_qk != (p.k_rnorm != nullptr)) return cudaErrorInvalidValue;
-  const bool copies = p.l2norm_qk && (p.groups > 1 || std::is_same_v<Element, __half>);
+  constexpr bool kSplit = std::is_same_v<Element, float>;
+  const bool copies = kSplit || (p.l2norm_qk && (p.groups > 1 || std::is_same_v<Element, __half>));
   if (fill_workspaces<Element>(p, copies) != cudaSuccess) return cudaErrorInvalidValue;
+  if (kSplit != (p.v_split != nullptr) || kSplit != (p.v_largest != nullptr)) return cudaErrorInvalidValue;
+  if (kSplit != (p.dout_split != nullptr) || kSplit != (p.dout_largest != nullptr)) return cudaErrorInvalidValue;
   const bool accumulates = (p.dq != nullptr || p.dscale_rows != nullptr) && !p.deterministic;
   if ((p.dq_accum != nullptr) != accumulates) return cudaErrorInvalidValue;
   const int64_t rows = int64_t(p.b0) * p.b1 * p.heads * ((p.num_queries + 127) / 128 * 128);

@@ -19,7 +19,7 @@ from flash_cosine_sim_attention.variants import HEAD_DIMS, Variant, dtypes_of, f
 DTYPES = {
     name: getattr(torch, name)
     for name in dtypes_of("sm80")
-    if find_variant("sm80", "backward", name, HEAD_DIMS[0], "plain") is not None
+    if hasattr(torch, name) and find_variant("sm80", "backward", name, HEAD_DIMS[0], "plain") is not None
 }
 
 
@@ -92,6 +92,8 @@ def dtype(request):
 )
 def test_values_through_binding_and_params(host_launchers, dtype, options):
     options = {"nq": 19, "nk": 23, "d": 16} | options
+    if find_variant("sm80", "backward", str(dtype).removeprefix("torch."), options["d"], "plain") is None:
+        pytest.skip(f"no kernel for {dtype} at head dim {options['d']}")
     assert_close_to_reference(make_inputs(dtype=dtype, **options), backend="sm80", lse=True)
     assert {variant.pass_name for variant in host_launchers} == {"forward", "backward"}
 
