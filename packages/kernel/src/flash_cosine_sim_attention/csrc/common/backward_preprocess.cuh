@@ -1,6 +1,7 @@
 // What the backward needs of every query row before it starts, and zeros in the accumulator of dq.
 #pragma once
 
+#include "../norm/l2norm_forward.cuh"
 #include "../norm/split.cuh"
 #include "../params.h"
 #include "reduce.cuh"
@@ -41,7 +42,17 @@ __device__ __forceinline__ TileIndex kv_head_of(const Problem& p, const TileInde
 }
 
 // How the norm meets the products: folded into the factors of QueryRow and k_factor, or by unit copies, or not at all.
-__host__ __device__ inline bool norm_is_folded(const Problem& p) { return p.l2norm_qk && p.q_unit == nullptr; }
+// Copies that are scaled by powers of two (kExactCopies) leave the remainders of the norms to be folded.
+template <class Traits>
+__device__ __forceinline__ bool norm_is_folded(const Problem& p) {
+  return p.l2norm_qk && (Traits::kExactCopies ? p.groups == 1 : p.q_unit == nullptr);
+}
+
+// The factor that is folded for a row of q or k.
+template <class Traits>
+__device__ __forceinline__ float folded_factor(float rnorm) {
+  return Traits::kExactCopies ? remainder_of(rnorm) : rnorm;
+}
 
 __device__ __forceinline__ float head_scale(const Problem& p, int head) {
   return p.scale != nullptr ? p.scale[head] : p.scale_value;
@@ -117,7 +128,7 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
     if (row < p.num_queries) {
       const int64_t source = index.first_row(p.b1, p.heads, p.num_queries) + row;
       if (p.dlse != nullptr) delta -= p.dlse[source];
-      const float lse = p.lse[source], rnorm = norm_is_folded(p) ? p.q_rnorm[source] : 1.0f;
+      const float lse = p.lse[source], rnorm = norm_is_folded<Traits>(p) ? folded_factor<Traits>(p.q_rnorm[source]) : 1.0f;
       if (lse != -INFINITY) {
         float factor = rnorm * row_scale(p, index.head);
         const OperandScales scales = scales_of<Traits>(p, kv_head_of(p, index));

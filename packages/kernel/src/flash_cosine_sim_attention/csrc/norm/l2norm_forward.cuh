@@ -19,6 +19,7 @@ struct L2NormParams {
   int32_t b0, b1, heads, rows, head_dim, groups;
   float* rnorm;  // (b0, b1, heads, rows, groups) contiguous, or nullptr
   void* unit;    // (b0, b1, heads, rows, d) contiguous, or nullptr; with SplitHalf (..., 2 d) halves, times kUnitScale
+  bool exact = false;     // one group: unit is x times the power of two in rnorm instead, without rounding (see below)
   bool normalize = true;  // false: x is of unit norm already and goes into the copy as it is; rnorm is not written
 };
 
@@ -32,6 +33,13 @@ inline L2NormParams k_norm_params(const Problem& p, float* rnorm, void* unit) {
 
 __device__ __forceinline__ float reciprocal_norm(float sum_of_squares) {
   return 1.0f / fmaxf(sqrtf(sum_of_squares), 1e-12f);
+}
+
+// rnorm = power_of_two * remainder, with the remainder in [1, 2). A row times the power of two has a length in (1/2, 1] and
+// all its bits, which a rounded unit vector has not; the remainder is left to be multiplied as a float.
+__device__ __forceinline__ float power_of_two(float rnorm) { return __uint_as_float(__float_as_uint(rnorm) & 0x7f800000u); }
+__device__ __forceinline__ float remainder_of(float rnorm) {
+  return __uint_as_float((__float_as_uint(rnorm) & 0x007fffffu) | 0x3f800000u);
 }
 
 namespace norm {
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormPa
       for (int c = 0; c < 8; ++c) sum += values[step][c] * values[step][c];
       const float row_factor = reciprocal_norm(lane_sum<kLanesPerRow>(sum));
 #pragma unroll
-      for (int c = 0; c < 8; ++c) factor[c] = row_factor;
+      for (int c = 0; c < 8; ++c) factor[c] = p.exact ? power_of_two(row_factor) : row_factor;
       if (rnorm != nullptr && lane_in_row == 0) *rnorm = row_factor;
     } else {
       float* row_squares = squares + row_in_step * kLanesPerRow * 8;

@@ -116,14 +116,14 @@ struct ThreadKeys {
   __device__ __forceinline__ ThreadKeys(const BackwardParams& p, const DkDvWork<Config>& work, int first_key) {
     const uint8_t* mask = mask_row(p, work.index);
     const int64_t row0 = work.index.first_row(p.b1, p.kv_heads, p.num_keys) + work.key0;
-    const bool folded = Config::kFoldsNorm && norm_is_folded(p);
+    const bool folded = Config::kFoldsNorm && norm_is_folded<Config>(p);
 #pragma unroll
     for (int i = 0; i < 2 * Config::kKeyTiles; ++i) {
       const int key = first_key + 8 * i + threadIdx.x % 32 / 4;
       bool is_visible = key < work.key_limit;
       if (is_visible && mask != nullptr) is_visible = mask[(work.key0 + key) * p.mask_key] != 0;
       visible |= static_cast<uint32_t>(is_visible) << i;
-      factor[i / 2][i % 2] = !is_visible ? 0.0f : folded ? p.k_rnorm[row0 + key] : 1.0f;
+      factor[i / 2][i % 2] = !is_visible ? 0.0f : folded ? folded_factor<Config>(p.k_rnorm[row0 + key]) : 1.0f;
     }
   }
 
@@ -276,7 +276,7 @@ __device__ __forceinline__ void write_dk(float* tile, const BackwardParams& p, c
   rows.x = static_cast<const Element*>(p.k) + work.index.offset(p.k_strides) + work.key0 * p.k_strides.row;
   rows.x_stride = p.k_strides.row;
   rows.rnorm = p.l2norm_qk ? p.k_rnorm + row0 * p.groups : nullptr;
-  rows.folded = norm_is_folded(p);
+  rows.folded = norm_is_folded<Config>(p), rows.exact_copies = Config::kExactCopies;
   rows.target = static_cast<Element*>(p.dk) + work.index.offset(p.dk_strides) + work.key0 * p.dk_strides.row;
   rows.target_stride = p.dk_strides.row;
   rows.scale = scale_in_rows(p) ? 1.0f : head_scale(p, work.index.head * work.group);

@@ -44,7 +44,7 @@ __device__ __forceinline__ ProjectedRows projected_queries(const BackwardParams&
   rows.x = static_cast<const Element*>(p.q) + head.offset(p.q_strides) + query0 * p.q_strides.row;
   rows.x_stride = p.q_strides.row;
   rows.rnorm = p.l2norm_qk ? p.q_rnorm + row * p.groups : nullptr;
-  rows.folded = norm_is_folded(p);
+  rows.folded = norm_is_folded<Traits>(p), rows.exact_copies = Traits::kExactCopies;
   if (p.dq != nullptr) {
     rows.target = static_cast<Element*>(p.dq) + head.offset(p.dq_strides) + query0 * p.dq_strides.row;
   }

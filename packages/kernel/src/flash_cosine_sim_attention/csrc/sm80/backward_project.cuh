@@ -2,6 +2,7 @@
 //
 //   A_i = sum_j dS'_ij k_j (for dq; for dk sums over i of q), xn = rnorm x per group g
 //   folded norm      d_i = scale (A_i - (A_i . xn_i) xn_i)                 dS' holds the rnorms of both sides
+//   exact copies     d_i = power_of_two(rnorm) scale (A_i - (A_i . xn_i) xn_i)     dS' holds the remainders
 //   copies           d_i = scale rnorm_g (A_i - (A_i . xn_i)_g xn_i)
 //   no norm          d_i = scale A_i
 //   dscale_i = sum_j dS_ij cos_ij = A_i . xn_i, or over rnorm where it is folded
@@ -16,6 +17,7 @@ struct ProjectedRows {
   int64_t x_stride;     // between rows
   const float* rnorm;   // (rows, groups) of row 0; nullptr: no norm
   bool folded;          // groups is 1
+  bool exact_copies;    // and the operands were copies, times the powers of two in rnorm
   void* target;         // row 0; nullptr: not wanted
   int64_t target_stride;
   float* dscale_rows;   // (rows,) of row 0; nullptr: not wanted
@@ -84,10 +86,10 @@ __device__ __forceinline__ void project_rows(float* tile, int tile_stride, const
       for (int c = 0; c < 8; ++c) product += a[c] * (x[c] *= rnorm);
       const float dot = lane_sum<kLanes>(product);
       if (p.dscale_rows != nullptr && valid && lane == 0) {
-        p.dscale_rows[row] = dot * inverse / (p.folded ? rnorm : 1.0f) * dscale_factor;
+        p.dscale_rows[row] = dot * inverse / (!p.folded ? 1.0f : p.exact_copies ? remainder_of(rnorm) : rnorm) * dscale_factor;
       }
       if (p.rnorm != nullptr) {
-        const float factor = p.folded ? 1.0f : rnorm;
+        const float factor = !p.folded ? rnorm : p.exact_copies ? power_of_two(rnorm) : 1.0f;
 #pragma unroll
         for (int c = 0; c < 8; ++c) a[c] = factor * (a[c] - dot * x[c]);
       }

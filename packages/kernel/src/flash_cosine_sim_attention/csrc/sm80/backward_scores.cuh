@@ -52,9 +52,9 @@ struct ScoreBlock {
     if (threadIdx.x >= kKeys) return;
     const int key = threadIdx.x;
     const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
-    const bool folded = Traits::kFoldsNorm && norm_is_folded(p);
+    const bool folded = Traits::kFoldsNorm && norm_is_folded<Traits>(p);
     const int64_t row = kv_head.first_row(p.b1, p.kv_heads, p.num_keys) + key0 + key;
-    smem.keys[key] = {!visible ? 0.0f : folded ? p.k_rnorm[row] : 1.0f, visible};
+    smem.keys[key] = {!visible ? 0.0f : folded ? folded_factor<Traits>(p.k_rnorm[row]) : 1.0f, visible};
   }
 
   // p_ij (dp_ij gradient_i + offset_i): the row factors of QueryRow are in it, those of the keys are not.

@@ -69,8 +69,10 @@ struct BackwardTraits {
   static constexpr bool kFloat = std::is_same_v<Element, float>;       // multiplied as halves, from copies
   static constexpr int kPlanes = std::is_same_v<Element_, float> ? 2 : 1;  // hi and lo, in three products
   using Operand = std::conditional_t<kFloat, __half, Element>;         // of the matrix products
-  // dS * q_rnorm * k_rnorm keeps the range of bf16; halves work on unit copies of q and k.
-  static constexpr bool kFoldsNorm = std::is_same_v<Element, __nv_bfloat16>;
+  // dS * q_rnorm * k_rnorm keeps the range of bf16. Of half it does not: there q and k are copied, times the power of two in
+  // their rnorm, and what is folded lies in [1, 2). The scores are then as exact as the forward's, whose lse they meet.
+  static constexpr bool kExactCopies = std::is_same_v<Element, __half>;
+  static constexpr bool kFoldsNorm = !kFloat;
   static constexpr float kUnit = kPlanes == 2 ? kUnitScale : 1.0f;  // length of a unit copy
   // P as halves is multiplied by this, so that small probabilities keep their bits.
   static constexpr float kLog2ProbabilityScale = kFloat ? 15.0f : 0.0f;
