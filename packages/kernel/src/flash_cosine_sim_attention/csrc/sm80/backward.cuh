@@ -17,8 +17,6 @@
 
 namespace fcsa::sm80 {
 
-constexpr int kSmallSharedMemory = 99 * 1024;  // of a block, on compute capability 8.6, 8.9 and 12.0
-
 // Unit copies of q and k where they are wanted; of float32 always, normalised or not, and v and dout as halves too.
 template <class Traits>
 cudaError_t launch_copies(const BackwardParams& p, cudaStream_t stream) {

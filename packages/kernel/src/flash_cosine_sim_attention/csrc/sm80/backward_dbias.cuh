@@ -19,12 +19,51 @@ struct Range {
   }
 };
 
+// The walk of a block of threads over all (b0, b1, head, query block, key block) that share its tile; what the causal
+// mask hides is left out.
+template <class Traits>
+struct DbiasWalk {
+  using Block = ScoreBlock<Traits>;
+  Range key_blocks, q_blocks, heads, b1, b0;
+  TileIndex head;  // tile: query block
+  int key_block;
+
+  __device__ __forceinline__ DbiasWalk(const BackwardParams& p, uint32_t block)
+      : key_blocks(Range::take(block, ceil_div(p.num_keys, Block::kKeys), p.dbias_key == 0)),
+        q_blocks(Range::take(block, ceil_div(p.num_queries, Block::kQueries), p.dbias_query == 0)),
+        heads(Range::take(block, p.heads, p.dbias_head == 0)),
+        b1(Range::take(block, p.b1, p.dbias_b1 == 0)),
+        b0(Range::take(block, p.b0, p.dbias_b0 == 0)),
+        head{q_blocks.first, heads.first, b1.first, b0.first},
+        key_block(key_blocks.first - 1) {}
+
+  __device__ __forceinline__ int query0() const { return head.tile * Block::kQueries; }
+  __device__ __forceinline__ int key0() const { return key_block * Block::kKeys; }
+
+  // To the first tile, then to the next; false where there is none.
+  __device__ __forceinline__ bool advance(const BackwardParams& p) {
+    while (++key_block >= min(key_blocks.end, Block::num_key_blocks(p, query0()))) {
+      key_block = key_blocks.first - 1;
+      if (++head.tile < q_blocks.end) continue;
+      head.tile = q_blocks.first;
+      if (++head.head < heads.end) continue;
+      head.head = heads.first;
+      if (++head.b1 < b1.end) continue;
+      head.b1 = b1.first;
+      if (++head.b0 >= b0.end) return false;
+    }
+    return true;
+  }
+};
+
 template <class Traits>
 struct DbiasStorage {
   using Block = ScoreBlock<Traits>;
+  using Smem = typename Block::Smem;
+  static constexpr int kStages = 2 * sizeof(Smem) <= kSmallSharedMemory ? 2 : 1;
   static constexpr int kStride = Block::kKeys + 2;
   union {
-    typename Block::Smem loop;
+    Smem stage[kStages];
     float tile[Block::kQueries * kStride];
   };
 };
@@ -41,18 +80,19 @@ __host__ int64_t dbias_blocks(const BackwardParams& p) {
   return blocks;
 }
 
+template <class Traits>
+__device__ __forceinline__ void load_tile(typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
+                                          const DbiasWalk<Traits>& walk) {
+  ScoreBlock<Traits>::load_queries(smem, p, walk.head, walk.query0());
+  ScoreBlock<Traits>::load_keys(smem, p, kv_head_of(p, walk.head), walk.key0());
+}
+
 // dS of one tile, without any factor, added to `sum`.
 template <class Traits>
 __device__ __forceinline__ void add_tile(float (&sum)[1][ScoreBlock<Traits>::kN][4],
-                                         typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
+                                         const typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
                                          const TileIndex& head, int query0, int key0) {
   using Block = ScoreBlock<Traits>;
-  __syncthreads();  // nobody reads the tiles of the step before
-  Block::load_queries(smem, p, head, query0);
-  Block::load_keys(smem, p, kv_head_of(p, head), key0);
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  __syncthreads();
   float ds[1][Block::kN][4];
   Block::compute_ds(ds, smem, p, head, query0, key0);
 #pragma unroll
@@ -98,29 +138,29 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     backward_dbias_kernel(const __grid_constant__ BackwardParams p) {
   using Block = ScoreBlock<Traits>;
   extern __shared__ __align__(128) char shared_memory[];
-  DbiasStorage<Traits>& storage = *reinterpret_cast<DbiasStorage<Traits>*>(shared_memory);
-  uint32_t block = blockIdx.x;
-  const Range key_blocks = Range::take(block, ceil_div(p.num_keys, Block::kKeys), p.dbias_key == 0);
-  const Range q_blocks = Range::take(block, ceil_div(p.num_queries, Block::kQueries), p.dbias_query == 0);
-  const Range heads = Range::take(block, p.heads, p.dbias_head == 0);
-  const Range b1 = Range::take(block, p.b1, p.dbias_b1 == 0), b0 = Range::take(block, p.b0, p.dbias_b0 == 0);
-
+  using Storage = DbiasStorage<Traits>;
+  Storage& storage = *reinterpret_cast<Storage*>(shared_memory);
+  const DbiasWalk<Traits> start(p, blockIdx.x);
+  DbiasWalk<Traits> next = start;
   float sum[1][Block::kN][4];
   set_zero(sum);
-  TileIndex head;
-  for (head.b0 = b0.first; head.b0 < b0.end; ++head.b0) {
-    for (head.b1 = b1.first; head.b1 < b1.end; ++head.b1) {
-      for (head.head = heads.first; head.head < heads.end; ++head.head) {
-        for (head.tile = q_blocks.first; head.tile < q_blocks.end; ++head.tile) {
-          const int query0 = head.tile * Block::kQueries;
-          const int end = min(key_blocks.end, Block::num_key_blocks(p, query0));
-#pragma unroll 1
-          for (int key_block = key_blocks.first; key_block < end; ++key_block) {
-            add_tile<Traits>(sum, storage.loop, p, head, query0, key_block * Block::kKeys);
-          }
-        }
-      }
+
+  bool has_next = next.advance(p);
+  if (has_next) load_tile<Traits>(storage.stage[0], p, next);
+  ptx::cp_async_commit();
+  for (int stage = 0; has_next; stage = (stage + 1) % Storage::kStages) {
+    const TileIndex head = next.head;
+    const int query0 = next.query0(), key0 = next.key0();
+    has_next = next.advance(p);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this tile is there; nobody reads the one before
+    if (Storage::kStages == 2 && has_next) load_tile<Traits>(storage.stage[1 - stage], p, next);
+    add_tile<Traits>(sum, storage.stage[stage], p, head, query0, key0);
+    if constexpr (Storage::kStages == 1) {
+      __syncthreads();  // nobody reads this tile any more
+      if (has_next) load_tile<Traits>(storage.stage[0], p, next);
     }
+    ptx::cp_async_commit();
   }
 
   __syncthreads();
@@ -129,13 +169,13 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
   for (int n = 0; n < Block::kN; ++n) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      storage.tile[(row0 + r / 2 * 8) * DbiasStorage<Traits>::kStride + 8 * n + lane % 4 * 2 + r % 2] = sum[0][n][r];
+      storage.tile[(row0 + r / 2 * 8) * Storage::kStride + 8 * n + lane % 4 * 2 + r % 2] = sum[0][n][r];
     }
   }
   __syncthreads();
-  const int query0 = q_blocks.first * Block::kQueries, key0 = key_blocks.first * Block::kKeys;
-  const int64_t offset = b0.first * p.dbias_b0 + b1.first * p.dbias_b1 + heads.first * p.dbias_head +
-                         query0 * p.dbias_query + key0 * p.dbias_key;
+  const int query0 = start.q_blocks.first * Block::kQueries, key0 = start.key_blocks.first * Block::kKeys;
+  const int64_t offset = start.b0.first * p.dbias_b0 + start.b1.first * p.dbias_b1 +
+                         start.heads.first * p.dbias_head + query0 * p.dbias_query + key0 * p.dbias_key;
   write_tile<Traits>(storage.tile, p, offset, min(Block::kQueries, p.num_queries - query0),
                      min(Block::kKeys, p.num_keys - key0));
 }

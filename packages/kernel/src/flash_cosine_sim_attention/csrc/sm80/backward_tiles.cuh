@@ -31,18 +31,26 @@ struct DoNothing {
 // Operands come in kPlanes planes, hi and lo of float32, or one. A tile in shared memory holds the rows of its planes
 // one after the other; a register operand has its planes' row tiles one after the other.
 //
-// acc[0], acc[1] += A B of one m16 tile and two n8 tiles; the small products first.
+// acc0, acc1 += A B of one m16 tile and two n8 tiles. Tensor cores truncate when they add to an accumulator, which over a
+// long sum costs float32 its last bits: with two planes each k16 step is a sum of its own, the small products first, and
+// is added by an ordinary rounded addition.
 template <class Operand, int kPlanes, int kM>
 __device__ __forceinline__ void multiply_pair(float (&acc0)[4], float (&acc1)[4], const uint32_t (&a)[kPlanes * kM][4],
                                               int m, const uint32_t (&b)[kPlanes][4]) {
-  if constexpr (kPlanes == 2) {
-    ptx::mma_16816<Operand>(acc0, a[m], b[1][0], b[1][1]);
-    ptx::mma_16816<Operand>(acc1, a[m], b[1][2], b[1][3]);
-    ptx::mma_16816<Operand>(acc0, a[kM + m], b[0][0], b[0][1]);
-    ptx::mma_16816<Operand>(acc1, a[kM + m], b[0][2], b[0][3]);
+  if constexpr (kPlanes == 1) {
+    ptx::mma_16816<Operand>(acc0, a[m], b[0][0], b[0][1]);
+    ptx::mma_16816<Operand>(acc1, a[m], b[0][2], b[0][3]);
+  } else {
+    float step0[4] = {}, step1[4] = {};
+    ptx::mma_16816<Operand>(step0, a[m], b[1][0], b[1][1]);
+    ptx::mma_16816<Operand>(step1, a[m], b[1][2], b[1][3]);
+    ptx::mma_16816<Operand>(step0, a[kM + m], b[0][0], b[0][1]);
+    ptx::mma_16816<Operand>(step1, a[kM + m], b[0][2], b[0][3]);
+    ptx::mma_16816<Operand>(step0, a[m], b[0][0], b[0][1]);
+    ptx::mma_16816<Operand>(step1, a[m], b[0][2], b[0][3]);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) acc0[r] += step0[r], acc1[r] += step1[r];
   }
-  ptx::mma_16816<Operand>(acc0, a[m], b[0][0], b[0][1]);
-  ptx::mma_16816<Operand>(acc1, a[m], b[0][2], b[0][3]);
 }
 
 // acc += A B^T over kDepth columns; A and B stored row by row, A's rows in steps of 16, B's in steps of 8. `between` is

@@ -14,6 +14,8 @@
 
 namespace fcsa::sm80 {
 
+constexpr int kSmallSharedMemory = 99 * 1024;  // of a block, on compute capability 8.6, 8.9 and 12.0
+
 struct BackwardTile {
   int block_q, block_k, keys_per_warp, split, stages, chunk_q, dq_warps_n, min_blocks;
 };
