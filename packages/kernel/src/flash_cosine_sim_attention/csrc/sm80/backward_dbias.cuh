@@ -87,18 +87,37 @@ __device__ __forceinline__ void load_tile(typename ScoreBlock<Traits>::Smem& sme
   ScoreBlock<Traits>::load_keys(smem, p, kv_head_of(p, walk.head), walk.key0());
 }
 
+// bias * log2(e) of the tile that `walk` starts with: the same for all that share it.
+template <class Traits>
+__device__ __forceinline__ void load_bias(float (&bias)[2][ScoreBlock<Traits>::kN][2], const BackwardParams& p,
+                                          const DbiasWalk<Traits>& start) {
+  using Block = ScoreBlock<Traits>;
+  const BiasReader<Traits> reader(p, start.head);
+  const int query0 = start.query0(), key0 = start.key_blocks.first * Block::kKeys;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < Block::kN; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        bias[half][n][c] = reader(query0 + Block::row_of(half), key0 + Block::column_of(n, c));
+      }
+    }
+  }
+}
+
 // dS of one tile, without any factor, added to `sum`.
 template <class Traits>
 __device__ __forceinline__ void add_tile(float (&sum)[1][ScoreBlock<Traits>::kN][4],
+                                         const float (&bias)[2][ScoreBlock<Traits>::kN][2],
                                          const typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
                                          const TileIndex& head, int query0, int key0) {
   using Block = ScoreBlock<Traits>;
   float ds[1][Block::kN][4];
-  Block::compute_ds(ds, smem, p, head, query0, key0);
+  Block::compute_ds(ds, smem, p, query0, key0, [&](int half, int n, int c) { return bias[half][n][c]; });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4;
-    const float gradient = query_row(smem.query_rows, row).gradient;
+    const float gradient = query_row(smem.query_rows, Block::row_of(half)).gradient;
     float factor = gradient != 0.0f ? 1.0f / gradient : 0.0f;
     if constexpr (Traits::kFloat) {
       factor = 1.0f / scales_of<Traits>(p, kv_head_of(p, head)).ds / row_scale(p, head.head);
@@ -142,8 +161,9 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
   Storage& storage = *reinterpret_cast<Storage*>(shared_memory);
   const DbiasWalk<Traits> start(p, blockIdx.x);
   DbiasWalk<Traits> next = start;
-  float sum[1][Block::kN][4];
+  float sum[1][Block::kN][4], bias[2][Block::kN][2];
   set_zero(sum);
+  load_bias<Traits>(bias, p, start);
 
   bool has_next = next.advance(p);
   if (has_next) load_tile<Traits>(storage.stage[0], p, next);
@@ -155,7 +175,7 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     ptx::cp_async_wait<0>();
     __syncthreads();  // this tile is there; nobody reads the one before
     if (Storage::kStages == 2 && has_next) load_tile<Traits>(storage.stage[1 - stage], p, next);
-    add_tile<Traits>(sum, storage.stage[stage], p, head, query0, key0);
+    add_tile<Traits>(sum, bias, storage.stage[stage], p, head, query0, key0);
     if constexpr (Storage::kStages == 1) {
       __syncthreads();  // nobody reads this tile any more
       if (has_next) load_tile<Traits>(storage.stage[0], p, next);

@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
   const TileIndex kv_head = kv_head_of(p, head);
   const int query0 = head.tile * Block::kQueries, lane = threadIdx.x % 32;
 
+  const BiasReader<Traits> bias(p, head);
   float dq[1][kColumns][4];
   set_zero(dq);
   const int num_blocks = Block::num_key_blocks(p, query0);
@@ -42,7 +43,10 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     __syncthreads();
     float ds[1][Block::kN][4];
     uint32_t operand[Block::kN / 2][kPlanes][4];
-    Block::compute_ds(ds, smem, p, head, query0, block * Block::kKeys);
+    const int key0 = block * Block::kKeys;
+    Block::compute_ds(ds, smem, p, query0, key0, [&](int half, int n, int c) {
+      return bias(query0 + Block::row_of(half), key0 + Block::column_of(n, c));
+    });
 #pragma unroll
     for (int n = 0; n < Block::kN; ++n) {
 #pragma unroll

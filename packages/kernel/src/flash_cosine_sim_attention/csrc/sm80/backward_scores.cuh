@@ -58,9 +58,11 @@ struct ScoreBlock {
   }
 
   // p_ij (dp_ij gradient_i + offset_i): the row factors of QueryRow are in it, those of the keys are not.
+  // bias(half, n, c): bias * log2(e) of row 8 half + lane / 4 and column c of n8 tile n.
+  template <class Bias>
   static __device__ __forceinline__ void compute_ds(float (&ds)[1][kN][4], const Smem& smem, const BackwardParams& p,
-                                                    const TileIndex& head, int query0, int key0) {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
+                                                    int query0, int key0, Bias bias) {
+    const int first_row = threadIdx.x / 32 * 16;
     float s[1][kN][4];
     set_zero(s);
     multiply_rows<Operand, kPlanes, kHeadDim>(s, RowsReader<QueryTile>(smem.q, first_row, 0),
@@ -68,19 +70,18 @@ struct ScoreBlock {
     set_zero(ds);
     multiply_rows<Operand, kPlanes, kHeadDim>(ds, RowsReader<QueryTile>(smem.dout, first_row, 0),
                                               ChunksReader<KeyTile>(smem.v, 0, 0));
-    const BiasReader<Traits> bias(p, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 8 * half + lane / 4;
+      const int row = row_of(half);
       const QueryRow factors = query_row(smem.query_rows, row);
       const int last_key = p.causal ? query0 + row + p.num_keys - p.num_queries : p.num_keys;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const int column = 8 * n + lane % 4 * 2 + c, key = key0 + column;
+          const int column = column_of(n, c), key = key0 + column;
           float shift = factors.shift;
-          if constexpr (Traits::kHasBias) shift += bias(query0 + row, key);
+          if constexpr (Traits::kHasBias) shift += bias(half, n, c);
           const float score = s[0][n][2 * half + c] * smem.keys[column].factor;
           const bool visible = smem.keys[column].visible && key <= last_key;
           const float p_ij = visible ? ptx::exp2_approx(fmaf(score, factors.score, shift)) : 0.0f;
@@ -90,6 +91,12 @@ struct ScoreBlock {
       }
     }
   }
+
+  // Where fragment element (half, n, c) of this thread lies in the tile.
+  static __device__ __forceinline__ int row_of(int half) {
+    return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4;
+  }
+  static __device__ __forceinline__ int column_of(int n, int c) { return 8 * n + threadIdx.x % 4 * 2 + c; }
 
   // Key blocks that some of kQueries queries from query0 on can see: [0, this).
   static __device__ __forceinline__ int num_key_blocks(const BackwardParams& p, int query0) {
