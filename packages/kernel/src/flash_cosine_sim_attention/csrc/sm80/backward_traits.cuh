@@ -87,6 +87,8 @@ struct BackwardTraits {
 template <class Traits, bool kSmall, bool kAll_>
 struct BackwardConfig : Traits {
   static constexpr bool kAll = kAll_;
+  // A bias tile comes with the queries' by cp.async; otherwise a bias is read element by element (`bias_can_be_staged`).
+  static constexpr bool kStagedBias = kAll && Traits::kHasBias && !Traits::kFloat;
   using typename Traits::Element;
   using Traits::kHeadDim;
   using Traits::kPlanes;
