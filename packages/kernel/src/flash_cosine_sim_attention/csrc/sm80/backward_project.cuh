@@ -86,8 +86,7 @@ __device__ __forceinline__ void project_rows(float* tile, int tile_stride, const
       for (int c = 0; c < 8; ++c) product += a[c] * (x[c] *= rnorm);
       const float dot = lane_sum<kLanes>(product);
       if (p.dscale_rows != nullptr && valid && lane == 0) {
-        const float folded = !p.folded ? 1.0f : p.exact_copies ? remainder_of(rnorm) : rnorm;
-        p.dscale_rows[row] = dot * inverse / folded * dscale_factor;
+        p.dscale_rows[row] = dot * inverse / (!p.folded ? 1.0f : p.exact_copies ? remainder_of(rnorm) : rnorm) * dscale_factor;
       }
       if (p.rnorm != nullptr) {
         const float factor = !p.folded ? rnorm : p.exact_copies ? power_of_two(rnorm) : 1.0f;
