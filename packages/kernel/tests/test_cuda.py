@@ -292,3 +292,18 @@ class TestOperatorArguments:
     def test_messages(self, call, changed, message):
         with pytest.raises(RuntimeError, match=message):
             call(**changed)
+
+
+@pytest.mark.parametrize(("groups", "fused"), [(8, True), (16, False)])
+def test_float32_beyond_the_split_halves_is_served_by_the_torch_path(host_launchers, monkeypatch, groups, fused):
+    """Logits up to 128 would lose more bits than the error budget has; forced kernels do as they are told."""
+    monkeypatch.setattr(cuda, "_warned", set())
+    automatic = cuda.CudaKernels(None)
+    problem = make_inputs(d=32, groups=groups, scale=8.0).problem()
+    if fused:
+        assert automatic._launcher("forward", problem) is not None
+        return
+    with pytest.warns(RuntimeWarning, match="float32 logits up to 128: above 100"):
+        assert automatic._launcher("forward", problem) is None
+    assert automatic._launcher("backward", problem) is None
+    assert cuda.FORCED["sm80"]._launcher("forward", problem) is not None

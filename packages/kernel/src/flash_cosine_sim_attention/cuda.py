@@ -9,6 +9,7 @@ a multiple of 8 and the same for v. Everything else is brought into that form by
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,6 +27,10 @@ BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0}
 """The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
 probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09). float32 is
 multiplied as halves, whose bits suffice only around each row's own maximum."""
+
+FLOAT32_BOUND = 100.0
+"""The largest bound of the logits that float32 is multiplied in split halves for: they keep 22 bits of unit q and k, and
+an error of s is a relative error of P. Beyond it (16 groups at scale 8, say) eager float32 would be twice as exact."""
 
 _warned: set[str] = set()
 
@@ -83,6 +88,11 @@ class CudaKernels:
     def _launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
         q, feature = problem.q, _feature(pass_name, problem)
         dtype, has_mask = _kernel_dtype(q, pass_name), problem.mask is not None
+        if self.arch is None and dtype == "float32" and FLOAT32_BOUND < problem.bound < math.inf:
+            _warn_once(
+                f"float32 logits up to {problem.bound:g}: above {FLOAT32_BOUND:g} the kernels' split products lose bits"
+            )
+            return None
         key = (q.device, dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature, has_mask)
         found = self._launchers.get(key)
         if found is None:

@@ -84,8 +84,8 @@ class Tiles:
         return cls(problem, Tiling.of(problem))
 
     def boxes(self) -> Iterator[Box]:
-        sizes = self.problem.k.shape[:3]
-        return itertools.product(*(steps(size, step) for size, step in zip(sizes, self.tiling.box, strict=True)))
+        s0, s1, heads = (steps(n, step) for n, step in zip(self.problem.k.shape[:3], self.tiling.box, strict=True))
+        return itertools.product(s0, s1, heads)
 
     def row_steps(self) -> list[slice]:
         return steps(self.problem.q.shape[3], self.tiling.rows)
