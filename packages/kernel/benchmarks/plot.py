@@ -17,6 +17,7 @@ from report import on_equal_terms
 
 COLOURS = {"ours": "#d62728", "plain": "#7f7f7f", "fa2": "#1f77b4", "cudnn": "#2ca02c", "fa3": "#17becf"}
 COLOURS |= {"fa4": "#9467bd", "efficient": "#8c564b", "flex": "#ff7f0e"}
+COLOURS |= {"ours:sm80": "#e7969c", "ours:sm90": "#843c39", "ours:chunked": "#f7b6d2"}  # forced paths
 
 Lines = dict[str, list[tuple[int, float]]]
 """{peer: [(seq_len, value)]}"""
