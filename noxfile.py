@@ -62,7 +62,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def compare(session: nox.Session) -> None:
-    """The main job: train the same model with regular and with cosine-sim attention, five minutes on two CPU cores."""
+    """The main job: train the same model with regular and with cosine-sim attention, three minutes on two CPU cores."""
     install(session, "tqdm", "numpy", "matplotlib")
     session.run("python", "-m", "experiments.compare", *session.posargs)
 
