@@ -6,6 +6,9 @@ import contextlib
 
 import pytest
 import torch
+from flash_cosine_sim_attention import cuda, kernel_form, launchers
+from flash_cosine_sim_attention._build import BuildError, cache, toolchain
+from flash_cosine_sim_attention._build.spec import binding_target
 
 
 def has_gpu() -> bool:
@@ -26,3 +29,32 @@ def each_device(request):
     """The device on which factories such as torch.randn and make_inputs create their tensors."""
     with torch.device(request.param) if request.param != "cpu" else contextlib.nullcontext():
         yield torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def tools_with_binding():
+    """The compilers, the torch binding compiled and loaded; skips where there are none."""
+    try:
+        tools = toolchain.find_toolchain()
+    except BuildError as error:
+        pytest.skip(f"the binding cannot be compiled here: {error}")
+    if launchers._binding is None:
+        launchers.load_binding(cache.ensure([binding_target()], tools)["torch_binding"])
+    return tools
+
+
+@pytest.fixture
+def serve_on_the_cpu(monkeypatch):
+    """serve_on_the_cpu(address): backend="sm80" serves CPU tensors by these launchers, with workspaces of NaN."""
+
+    def poisoned(like, shape, dtype=torch.float32):
+        return like.new_full(shape, float("nan"), dtype=dtype)
+
+    def serve(address):
+        monkeypatch.setattr(launchers, "address", address)
+        monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 0))
+        monkeypatch.setattr(cuda, "workspace", poisoned)
+        monkeypatch.setattr(kernel_form, "workspace", poisoned)
+        monkeypatch.setitem(cuda.FORCED, "sm80", cuda.CudaKernels("sm80"))
+
+    return serve

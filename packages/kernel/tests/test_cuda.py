@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from flash_cosine_sim_attention import cuda, flash_cosine_sim_attention, kernel_form, launchers
-from flash_cosine_sim_attention._build import BuildError, cache, toolchain
-from flash_cosine_sim_attention._build.spec import CSRC, binding_target
+from flash_cosine_sim_attention._build import BuildError, toolchain
+from flash_cosine_sim_attention._build.spec import CSRC
 from flash_cosine_sim_attention.ops import empty_outputs
 from flash_cosine_sim_attention.problem import Problem, canonicalize
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs, poisoned_gradients
@@ -24,23 +24,17 @@ DTYPES = {
 
 
 @pytest.fixture(scope="module")
-def host_library(tmp_path_factory):
-    try:
-        tools = toolchain.find_toolchain()
-    except BuildError as error:
-        pytest.skip(f"the binding cannot be compiled here: {error}")
-    if launchers._binding is None:
-        launchers.load_binding(cache.ensure([binding_target()], tools)["torch_binding"])
+def host_library(tmp_path_factory, tools_with_binding):
     library = tmp_path_factory.mktemp("host") / "host_launcher.so"
     source = CSRC.parents[2] / "tests" / "host_launcher.cpp"
-    includes = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in toolchain.cuda_includes(tools.nvcc))]
-    command = [tools.cxx, "-shared", "-fPIC", "-O2", "-std=c++17", *includes, source, "-o", library]
+    includes = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in toolchain.cuda_includes(tools_with_binding.nvcc))]
+    command = [tools_with_binding.cxx, "-shared", "-fPIC", "-O2", "-std=c++17", *includes, source, "-o", library]
     subprocess.run(list(map(str, command)), check=True)
     return library
 
 
 @pytest.fixture
-def host_launchers(host_library, monkeypatch):
+def host_launchers(host_library, serve_on_the_cpu):
     """sm80 serves CPU tensors by launchers for host memory, with poisoned workspaces; -> the variants asked for."""
     asked: list[Variant] = []
 
@@ -48,14 +42,7 @@ def host_launchers(host_library, monkeypatch):
         asked.extend([variant, *also])
         return launchers.exported(host_library, f"{variant.pass_name}_{variant.dtype}_{variant.feature}")
 
-    def poisoned(like, shape, dtype=torch.float32):
-        return like.new_full(shape, float("nan"), dtype=dtype)
-
-    monkeypatch.setattr(launchers, "address", address)
-    monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 0))
-    monkeypatch.setattr(cuda, "workspace", poisoned)
-    monkeypatch.setattr(kernel_form, "workspace", poisoned)
-    monkeypatch.setitem(cuda.FORCED, "sm80", cuda.CudaKernels("sm80"))
+    serve_on_the_cpu(address)
     return asked
 
 

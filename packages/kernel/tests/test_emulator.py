@@ -9,9 +9,7 @@ import ctypes
 
 import pytest
 import torch
-from flash_cosine_sim_attention import cuda, flash_cosine_sim_attention, kernel_form, launchers
-from flash_cosine_sim_attention._build import BuildError, cache, toolchain
-from flash_cosine_sim_attention._build.spec import binding_target
+from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs
 from flash_cosine_sim_attention.variants import Variant, variant_for
 
@@ -27,31 +25,18 @@ EMULATED += [variant_for("sm80", "backward", "bfloat16", 128, "plain")]
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    try:
-        tools = toolchain.find_toolchain()
-    except BuildError as error:
-        pytest.skip(f"the sources cannot be compiled here: {error}")
-    if launchers._binding is None:
-        launchers.load_binding(cache.ensure([binding_target()], tools)["torch_binding"])
-    return build(tmp_path_factory.mktemp("emulator"), EMULATED, tools)
+def emulated(tmp_path_factory, tools_with_binding):
+    return build(tmp_path_factory.mktemp("emulator"), EMULATED, tools_with_binding)
 
 
 @pytest.fixture(autouse=True)
-def _kernels_on_the_cpu(emulated, monkeypatch):
+def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
     """backend="sm80" serves CPU tensors, with workspaces that are NaN at first."""
 
     def address(variant: Variant, *_) -> int:
         return launchers.exported(emulated, variant.name)
 
-    def poisoned(like, shape, dtype=torch.float32):
-        return like.new_full(shape, float("nan"), dtype=dtype)
-
-    monkeypatch.setattr(launchers, "address", address)
-    monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 0))
-    monkeypatch.setattr(cuda, "workspace", poisoned)
-    monkeypatch.setattr(kernel_form, "workspace", poisoned)
-    monkeypatch.setitem(cuda.FORCED, "sm80", cuda.CudaKernels("sm80"))
+    serve_on_the_cpu(address)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def launch_backward(
     deterministic = torch.are_deterministic_algorithms_enabled()
     accumulates = (dq is not None or dscale_rows is not None) and not deterministic
     padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
-    # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it works on unit copies
+    # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it has copies scaled by powers of two
     split = q.dtype == torch.float32  # multiplied as halves, from copies of q, k, v and dout
     copies = split or (norm and (groups > 1 or q.dtype == torch.float16))
     torch.ops.flash_cosine_sim_attention.launch_backward(
