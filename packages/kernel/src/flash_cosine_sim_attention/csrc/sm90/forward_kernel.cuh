@@ -82,12 +82,6 @@ __device__ __forceinline__ void issue_output(float (&o)[Traits::kHeadDim / 2],
   wgmma_commit();
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // S -> P in place, and this thread's part of the row sums. k_factor: 1 / |k_j| of the tile's keys.
 template <class Traits>
 __device__ __forceinline__ void exponentiate(float (&s)[Traits::kBlockN / 2], float (&sum)[2], const float* k_factor,

@@ -25,9 +25,10 @@ struct PanelTile {
     return make_descriptor(start, 1);
   }
 
-  // wgmma operand stored [k][col]: 16 rows from `row`, all columns; panels lie kPanelElements apart.
-  __device__ uint64_t descriptor_transposed(int row) const {
-    return make_descriptor(data + row * kPanelCols, kPanelElements * 2 / 16);
+  // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`, the first of a panel; panels lie kPanelElements
+  // apart.
+  __device__ uint64_t descriptor_transposed(int row, int col = 0) const {
+    return make_descriptor(data + col / kPanelCols * kPanelElements + row * kPanelCols, kPanelElements * 2 / 16);
   }
 
   // Where the eight columns from `col` (a multiple of 8) of `row` lie.
