@@ -7,6 +7,11 @@
 
 namespace fcsa {
 
+// The key mask of a batch row, or nullptr.
+__device__ __forceinline__ const uint8_t* mask_row(const Problem& p, const TileIndex& index) {
+  return p.mask == nullptr ? nullptr : p.mask + index.b0 * p.mask_b0 + index.b1 * p.mask_b1;
+}
+
 // The keys of one tile, the same in every lane: bit c of words[w] is key 32 * w + c of the tile.
 template <int kBlockN>
 struct KeyBits {

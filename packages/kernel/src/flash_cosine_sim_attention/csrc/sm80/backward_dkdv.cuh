@@ -9,7 +9,6 @@
 #pragma once
 
 #include "backward_dq_accum.cuh"
-#include "backward_project.cuh"
 #include "backward_tiles.cuh"
 #include "backward_traits.cuh"
 
@@ -269,21 +268,10 @@ __device__ __forceinline__ void write_dv(const float* tile, const BackwardParams
 
 template <class Config>
 __device__ __forceinline__ void write_dk(float* tile, const BackwardParams& p, const DkDvWork<Config>& work) {
-  using Element = typename Config::Element;
-  const int64_t row0 = work.index.first_row(p.b1, p.kv_heads, p.num_keys) + work.key0;
-  const uint8_t* mask = mask_row(p, work.index);
-  ProjectedRows rows = {};
-  rows.x = static_cast<const Element*>(p.k) + work.index.offset(p.k_strides) + work.key0 * p.k_strides.row;
-  rows.x_stride = p.k_strides.row;
-  rows.rnorm = p.l2norm_qk ? p.k_rnorm + row0 * p.groups : nullptr;
-  rows.folded = norm_is_folded<Config>(p), rows.exact_copies = Config::kExactCopies;
-  rows.target = static_cast<Element*>(p.dk) + work.index.offset(p.dk_strides) + work.key0 * p.dk_strides.row;
-  rows.target_stride = p.dk_strides.row;
-  rows.scale = scale_in_rows(p) ? 1.0f : head_scale(p, work.index.head * work.group);
-  rows.operand_scale = scales_of<Config>(p, work.index).ds, rows.unit = Config::kUnit;
-  rows.num_rows = work.key_limit, rows.head_dim = p.head_dim, rows.groups = p.groups;
-  rows.visible = mask == nullptr ? nullptr : mask + work.key0 * p.mask_key, rows.visible_stride = p.mask_key;
-  project_rows<Element, Config::kHeadDim, Config::kBlockK, Config::kThreads>(tile, DkDvStorage<Config>::kStride, rows);
+  const auto rows =
+      backward::projected_keys<Config>(p, work.index, work.key0, work.key_limit, mask_row(p, work.index));
+  backward::project_rows<typename Config::Element, Config::kHeadDim, Config::kBlockK,
+                         backward::BlockTeam<Config::kThreads>>(tile, DkDvStorage<Config>::kStride, rows);
 }
 
 // dv += P^T dO and dk += dS'^T Q over the queries of the parts that other warps of the same keys computed.

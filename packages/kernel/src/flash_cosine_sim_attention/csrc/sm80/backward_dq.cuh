@@ -69,9 +69,10 @@ __global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
     }
   }
   __syncthreads();
-  const ProjectedRows rows =
-      projected_queries<Traits>(p, head, query0, min(Block::kQueries, p.num_queries - query0));
-  project_rows<Element, Traits::kHeadDim, Block::kQueries, Block::kThreads>(storage.dq, kStride, rows);
+  const auto rows =
+      backward::projected_queries<Traits>(p, head, query0, min(Block::kQueries, p.num_queries - query0));
+  backward::project_rows<Element, Traits::kHeadDim, Block::kQueries, backward::BlockTeam<Block::kThreads>>(
+      storage.dq, kStride, rows);
 }
 
 }  // namespace fcsa::sm80

@@ -4,7 +4,7 @@
 // are contiguous: four floats a thread where there are vector reductions, else one.
 #pragma once
 
-#include "backward_project.cuh"
+#include "../common/backward_project.cuh"
 #include "backward_traits.cuh"
 #include "backward_tiles.cuh"
 
@@ -32,29 +32,6 @@ template <class Config>
 __device__ __forceinline__ float* dq_accum_block(const BackwardParams& p, const TileIndex& head, int q_block) {
   const int64_t row = head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + q_block * Config::kBlockQ;
   return p.dq_accum + row * Config::kHeadDim;
-}
-
-// What project_rows needs for dq of the queries from query0 on.
-template <class Traits>
-__device__ __forceinline__ ProjectedRows projected_queries(const BackwardParams& p, const TileIndex& head, int query0,
-                                                           int num_rows) {
-  using Element = typename Traits::Element;
-  const int64_t row = head.first_row(p.b1, p.heads, p.num_queries) + query0;
-  ProjectedRows rows = {};
-  rows.x = static_cast<const Element*>(p.q) + head.offset(p.q_strides) + query0 * p.q_strides.row;
-  rows.x_stride = p.q_strides.row;
-  rows.rnorm = p.l2norm_qk ? p.q_rnorm + row * p.groups : nullptr;
-  rows.folded = norm_is_folded<Traits>(p), rows.exact_copies = Traits::kExactCopies;
-  if (p.dq != nullptr) {
-    rows.target = static_cast<Element*>(p.dq) + head.offset(p.dq_strides) + query0 * p.dq_strides.row;
-  }
-  rows.target_stride = p.dq_strides.row;
-  rows.dscale_rows = p.dscale_rows == nullptr ? nullptr : p.dscale_rows + row;
-  rows.scale = remaining_scale(p, head.head);
-  rows.dscale_factor = 1.0f / row_scale(p, head.head);
-  rows.operand_scale = scales_of<Traits>(p, kv_head_of(p, head)).ds, rows.unit = Traits::kUnit;
-  rows.num_rows = num_rows, rows.head_dim = p.head_dim, rows.groups = p.groups;
-  return rows;
 }
 
 template <class Config>
@@ -87,9 +64,10 @@ __global__ void __launch_bounds__(Config::kThreads)
     }
   }
   __syncthreads();
-  const ProjectedRows rows =
-      projected_queries<Config>(p, index, query0, min(Config::kBlockQ, p.num_queries - query0));
-  project_rows<Element, Config::kHeadDim, Config::kBlockQ, Config::kThreads>(tile, kDqPostprocessStride<Config>, rows);
+  const auto rows =
+      backward::projected_queries<Config>(p, index, query0, min(Config::kBlockQ, p.num_queries - query0));
+  backward::project_rows<Element, Config::kHeadDim, Config::kBlockQ, backward::BlockTeam<Config::kThreads>>(
+      tile, kDqPostprocessStride<Config>, rows);
 }
 
 }  // namespace fcsa::sm80

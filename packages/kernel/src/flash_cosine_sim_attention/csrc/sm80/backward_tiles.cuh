@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/backward_preprocess.cuh"
+#include "../common/mask.cuh"
 #include "backward_traits.cuh"
 #include "tile_reader.cuh"
 
@@ -228,10 +229,6 @@ __device__ __forceinline__ Rows<typename Traits::Operand> value_operand(const Ba
                                                                         const TileIndex& kv_head) {
   if (!Traits::kFloat) return given_rows<Traits>(p.v, p.v_strides, kv_head);
   return copied_rows<Traits>(p.v_split, kv_head.first_row(p.b1, p.kv_heads, p.num_keys), p.head_dim);
-}
-
-__device__ __forceinline__ const uint8_t* mask_row(const Problem& p, const TileIndex& index) {
-  return p.mask == nullptr ? nullptr : p.mask + index.b0 * p.mask_b0 + index.b1 * p.mask_b1;
 }
 
 // bias * log2(e) at (query, key) of this head; 0 beyond the last query or key.
