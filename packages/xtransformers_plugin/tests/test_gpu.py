@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-from xtransformers_cosine_sim import counters, disable, enable
+from xtransformers_cosine_sim import counters, disable, enable, enabled
 from xtransformers_cosine_sim.testing import difference, random_loss, run
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +52,32 @@ def test_autocast_is_as_close_to_float32_as_stock(options, dtype, ids):
     assert (counters(model).fused, counters(model).stock) == (2, 0)
     assert fused_error.loss <= 2 * stock_error.loss + 2e-3
     assert fused_error.gradient <= 2 * stock_error.gradient + 2e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True, "attn_kv_heads": 2}, {"rel_pos_bias": True}], ids=str)
+def test_converted_is_as_close_to_the_native_model_as_that_is_to_float32(options, ids):
+    native, model = build(**options), build(attn_qk_norm=False, **options)
+    model.load_state_dict(native.state_dict())
+    exact = run(native, lambda m: random_loss(m, ids))
+    enable(model, mode="convert", scale=4.0)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        native_error = difference(run(native, lambda m: random_loss(m, ids)), exact)
+        found_error = difference(run(model, lambda m: random_loss(m, ids)), exact)
+    assert (counters(model).fused, counters(model).stock) == (2, 0)
+    assert found_error.loss <= 2 * native_error.loss + 2e-3
+    assert found_error.gradient <= 2 * native_error.gradient + 2e-3
+
+
+@pytest.mark.parametrize("given", ["mems", "attn_mask"])
+def test_float32_with_xl_memories_or_a_mask_over_pairs(given, ids):
+    model = build(rotary_pos_emb=True, attn_kv_heads=2)
+    memories = [torch.randn(2, 30, 128, device="cuda") for _ in range(2)]
+    pairs = (torch.rand(200, 200, device="cuda") < 0.7) | torch.eye(200, dtype=torch.bool, device="cuda")
+    keywords = {given: memories if given == "mems" else pairs}
+    stock = run(model, lambda m: random_loss(m, ids, **keywords))
+    with enabled(model):
+        assert difference(run(model, lambda m: random_loss(m, ids, **keywords)), stock).within(1e-4)
+        assert counters(model).stock == 0
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
