@@ -45,16 +45,16 @@ def tools_with_binding():
 
 @pytest.fixture
 def serve_on_the_cpu(monkeypatch):
-    """serve_on_the_cpu(address): backend="sm80" serves CPU tensors by these launchers, with workspaces of NaN."""
+    """serve_on_the_cpu(address, arch): backend=arch serves CPU tensors by these launchers, with workspaces of NaN."""
 
     def poisoned(like, shape, dtype=torch.float32):
         return like.new_full(shape, float("nan"), dtype=dtype)
 
-    def serve(address):
+    def serve(address, arch="sm80"):
         monkeypatch.setattr(launchers, "address", address)
-        monkeypatch.setattr(cuda, "capability_of", lambda device: (8, 0))
+        monkeypatch.setattr(cuda, "capability_of", lambda device: (9, 0) if arch == "sm90" else (8, 0))
         monkeypatch.setattr(cuda, "workspace", poisoned)
         monkeypatch.setattr(kernel_form, "workspace", poisoned)
-        monkeypatch.setitem(cuda.FORCED, "sm80", cuda.CudaKernels("sm80"))
+        monkeypatch.setitem(cuda.FORCED, arch, cuda.CudaKernels(arch))
 
     return serve

@@ -5,9 +5,7 @@
 
 namespace fcsa::sm80::ptx {
 
-inline uint32_t smem_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - shared_memory);
-}
+inline uint32_t smem_address(const void* pointer) { return emulator::shared_address(pointer); }
 
 inline void take_effect(const emulator::Copy& copy) {
   if (copy.valid) {
@@ -19,7 +17,7 @@ inline void take_effect(const emulator::Copy& copy) {
 
 inline void copy_async(uint32_t smem, const void* global, size_t bytes, bool valid) {
   if (smem % bytes != 0 || (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0)) std::abort();
-  const emulator::Copy copy{shared_memory + smem, global, bytes, valid};
+  const emulator::Copy copy{emulator::shared_memory + smem, global, bytes, valid};
   if (emulator::copies_are_late) {
     emulator::fiber().open.push_back(copy);
   } else {
@@ -44,32 +42,12 @@ inline void cp_async_wait() {
   }
 }
 
-// Matrix i has its row r at the address that lane 8 i + r gives.
-inline void load_matrices(uint32_t (&result)[4], uint32_t smem, bool transposed) {
-  if (smem % 16 != 0) std::abort();
-  const auto addresses = emulator::exchange(&smem, 1);
-  const int row = emulator::lane() / 4, pair = emulator::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    uint16_t values[2];
-    for (int half = 0; half < 2; ++half) {
-      const int r = transposed ? pair * 2 + half : row, c = transposed ? row : pair * 2 + half;
-      std::memcpy(&values[half], shared_memory + addresses[8 * i + r][0] + 2 * c, 2);
-    }
-    result[i] = values[0] | static_cast<uint32_t>(values[1]) << 16;
-  }
-}
-inline void ldmatrix_x4(uint32_t (&result)[4], uint32_t smem) { load_matrices(result, smem, false); }
-inline void ldmatrix_x4_trans(uint32_t (&result)[4], uint32_t smem) { load_matrices(result, smem, true); }
-
-template <class Element>
-inline double element(uint32_t pair, int half) {
-  const uint16_t value = half ? pair >> 16 : pair;
-  if constexpr (std::is_same_v<Element, __half>) return __half2float(emulator::bits<__half>(value));
-  return __bfloat162float(emulator::bits<__nv_bfloat16>(value));
-}
+inline void ldmatrix_x4(uint32_t (&result)[4], uint32_t smem) { emulator::load_matrices(result, smem, false); }
+inline void ldmatrix_x4_trans(uint32_t (&result)[4], uint32_t smem) { emulator::load_matrices(result, smem, true); }
 
 template <class Element>
 inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr bool kHalf = std::is_same_v<Element, __half>;
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const auto words = emulator::exchange(mine, 6);
   const int group = emulator::lane() / 4, pair = emulator::lane() % 4;
@@ -79,10 +57,9 @@ inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     for (int k = 0; k < 16; ++k) {
       const uint32_t left = words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       const uint32_t right = words[column * 4 + k % 8 / 2][4 + k / 8];
-      sum += element<Element>(left, k % 2) * element<Element>(right, k % 2);
+      sum += emulator::element<kHalf>(left >> k % 2 * 16) * emulator::element<kHalf>(right >> k % 2 * 16);
     }
-    const float rounded = static_cast<float>(sum);  // tensor cores truncate
-    c[r] = std::fabs(static_cast<double>(rounded)) > std::fabs(sum) ? std::nextafterf(rounded, 0.0f) : rounded;
+    c[r] = emulator::truncate(sum);
   }
 }
 
@@ -92,7 +69,7 @@ inline void reduce_add_4(float* target, int stride, const float (&x)[4]) {
 
 inline float exp2_approx(float x) { return exp2f(x); }
 
-inline void store_shared(uint32_t smem, int offset, uint32_t value) { std::memcpy(shared_memory + smem + offset, &value, 4); }
+inline void store_shared(uint32_t smem, int offset, uint32_t value) { std::memcpy(emulator::shared_memory + smem + offset, &value, 4); }
 
 template <class T>
 inline T* opaque(T* pointer) {

@@ -1,0 +1,55 @@
+"""The sources of the sm90 kernels, run on the CPU by the emulator beside this file, through the real adapter.
+
+Needs the CUDA headers and g++, no GPU. Small problems: each still crosses two tiles of queries and of keys.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
+from flash_cosine_sim_attention.accuracy import assert_within_budget
+from flash_cosine_sim_attention.reference import plain_cosine_sim_attention
+from flash_cosine_sim_attention.testing import eager_cosine_sim_attention, make_inputs
+from flash_cosine_sim_attention.variants import Variant, variant_for
+
+from .emulator.build import build
+
+FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
+EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory, tools_with_binding):
+    return build(tmp_path_factory.mktemp("emulator"), EMULATED, tools_with_binding)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
+    """backend="sm90" serves CPU tensors, with workspaces that are NaN at first."""
+
+    def address(variant: Variant, *_) -> int:
+        return launchers.exported(emulated, variant.name)
+
+    serve_on_the_cpu(address, "sm90")
+
+
+@pytest.mark.parametrize(("dtype", "d"), FORWARD)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "kv_heads": 1},
+        {"groups": 4, "scale": 2.0},
+        {"l2norm_qk": False, "causal": True, "nq": 270, "nk": 200},
+    ],
+    ids=str,
+)
+def test_forward(dtype, d, options):
+    sizes = {"nq": 140, "nk": 270, "d": d} | options
+    inputs = make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes)
+    actual = flash_cosine_sim_attention(**inputs.arguments(), return_lse=True, backend="sm90")
+    exact = plain_cosine_sim_attention(**inputs.to(torch.float64).arguments(), return_lse=True)
+    baseline = eager_cosine_sim_attention(**inputs.arguments(), return_lse=True)
+    for name, *three in zip(("out", "lse"), actual, exact, baseline, strict=True):
+        assert_within_budget(name, *three)
