@@ -1,0 +1,1 @@
+"""Triangle attention (AlphaFold) in cosine form: the module, a task that needs it, fused against plain."""
