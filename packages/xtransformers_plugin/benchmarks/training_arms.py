@@ -62,7 +62,8 @@ class TrainingStep:
     """`step()` is one step of training: forward, backward, optimiser. It returns the loss, a tensor on the device."""
 
     def __init__(self, arm: Arm, size: Size, seq_len: int, batch: int, device: str, compiled: bool) -> None:
-        self.model = build_model(arm, size, seq_len).to(device)
+        with torch.device(device):
+            self.model = build_model(arm, size, seq_len)
         self.device = device
         self._forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model, dynamic=False, fullgraph=True) if compiled else self.model
