@@ -18,7 +18,7 @@ Arm = Mapping[str, Any]
 
 ATTENTIONS = ("regular", "cosine", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NORMS = ("pre", "post", "sandwich")
+NORMS = ("pre", "post", "deepnet", "sandwich")
 
 ARMS: dict[str, Arm] = {name: {"attention": name} for name in ATTENTIONS}
 
@@ -45,8 +45,9 @@ class RunConfig:
     )
     backend: str = _field("", "force one backend of the attention package; empty chooses")
     scale: float = _field(8.0, "cosine and native: the logits are scale * cosine")
+    learned_scale: bool = _field(False, "cosine: a scale for each head of each layer is learned, from `scale` on")
     groups: int = _field(1, "cosine and native: groups of the l2 norm within a head")
-    norm: str = _field("pre", "where the layer norms sit", NORMS)
+    norm: str = _field("pre", "where the layer norms sit; deepnet: post, residuals and initial weights scaled", NORMS)
     dim: int = _field(128, "model width")
     depth: int = _field(4, "layers")
     heads: int = _field(4, "attention heads; a head has dim / heads features")
@@ -60,6 +61,7 @@ class RunConfig:
     dropout: float = _field(0.0, "dropout in the feed-forward layers")
     dtype: str = _field("fp32", "fp32, or autocast to bf16 or fp16 (fp16 with loss scaling)", tuple(DTYPES))
     device: str = _field("cpu", "cpu, cuda or cuda:N")
+    cuda_graph: bool = _field(False, "capture the training step into a CUDA graph and replay it: for small models")
     seed: int = _field(0, "seeds weights, dropout and data order")
     eval_every: int = _field(100, "steps between two validations")
     eval_batches: int = _field(32, "batches of a validation")
@@ -79,6 +81,15 @@ class RunConfig:
             raise ValueError(f"dim: expected a multiple of heads = {self.heads}, got {self.dim}")
         if self.dim_head % self.groups:
             raise ValueError(f"groups: expected a divisor of dim / heads = {self.dim_head}, got {self.groups}")
+        if self.learned_scale and (self.attention, self.plugin_mode) != ("cosine", "convert"):
+            raise ValueError(
+                f"learned_scale: expected attention cosine in mode convert, got {self.attention}, {self.plugin_mode}"
+            )
+        if self.cuda_graph and (not self.device.startswith("cuda") or self.dtype == "fp16"):
+            raise ValueError(
+                f"cuda_graph: expected a CUDA device and fp32 or bf16 (the loss scaling of fp16 reads the device), "
+                f"got {self.device} and {self.dtype}"
+            )
 
     @property
     def dim_head(self) -> int:
@@ -91,14 +102,13 @@ class RunConfig:
 def add_flags(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
     """One flag a field. A flag that is not given is absent from the namespace, see `given`."""
     for spec in fields(RunConfig):
-        if spec.name not in skip:
-            parser.add_argument(
-                "--" + spec.name.replace("_", "-"),
-                type=type(spec.default),
-                choices=spec.metadata["choices"],
-                default=argparse.SUPPRESS,
-                help=f"{spec.metadata['help']} (default: {spec.default!r})",
-            )
+        if spec.name in skip:
+            continue
+        text = f"{spec.metadata['help']} (default: {spec.default!r})"
+        kind: dict[str, Any] = {"type": type(spec.default), "choices": spec.metadata["choices"]}
+        if isinstance(spec.default, bool):
+            kind = {"action": "store_true"}
+        parser.add_argument("--" + spec.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
     parser.add_argument(
         "--use-cuda-kernel",
         action="store_true",

@@ -18,6 +18,8 @@ from .stdlib_corpus import stdlib_text
 HELD_OUT_SHARE = 0.1
 ENWIK8_TRAIN, ENWIK8_VAL = 90_000_000, 5_000_000  # the usual split; the last five million bytes are for tests
 
+_on_devices: dict[tuple[str, str], Tensor] = {}  # (sha256, device) -> training text
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -27,6 +29,15 @@ class Corpus:
     train: Tensor
     val: Tensor
     sha256: str
+
+    def train_on(self, device: torch.device) -> Tensor:
+        """`train` on a device, where all runs share one copy."""
+        key = (self.sha256, str(device))
+        if device.type == "cpu":
+            return self.train
+        if key not in _on_devices:
+            _on_devices[key] = self.train.to(device)
+        return _on_devices[key]
 
     def describe(self) -> str:
         return f"{self.name}: {len(self.train):,} bytes to train, {len(self.val):,} held out, sha256 {self.sha256[:12]}"
@@ -74,12 +85,16 @@ def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
-def train_batch(corpus: Corpus, batch_size: int, seq_len: int, seed: int, step: int) -> Tensor:
-    """(batch_size, seq_len + 1) int64: windows at random places, which seed and step alone decide."""
+def train_starts(corpus: Corpus, batch_size: int, seq_len: int, seed: int, step: int) -> Tensor:
+    """(batch_size,) int64: where the windows of a batch start, random places that seed and step alone decide."""
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-    starts = torch.randint(_last_start(corpus.train, seq_len, "training") + 1, (batch_size,), generator=generator)
-    return _windows(corpus.train, starts, seq_len)
+    return torch.randint(_last_start(corpus.train, seq_len, "training") + 1, (batch_size,), generator=generator)
+
+
+def train_batch(corpus: Corpus, batch_size: int, seq_len: int, seed: int, step: int) -> Tensor:
+    """(batch_size, seq_len + 1) int64, on the CPU. Training reads the same through step_inputs.py, on its device."""
+    return _windows(corpus.train, train_starts(corpus, batch_size, seq_len, seed, step), seq_len)
 
 
 def val_batches(corpus: Corpus, batch_size: int, seq_len: int, batches: int) -> list[Tensor]:

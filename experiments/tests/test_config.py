@@ -13,7 +13,7 @@ from experiments.shared.config import ARMS, RunConfig, add_flags, from_dict, giv
     ("wrong", "message"),
     [
         ({"attention": "linear"}, "attention: expected one of regular, cosine, native, got 'linear'"),
-        ({"norm": "none"}, "norm: expected one of pre, post, sandwich, got 'none'"),
+        ({"norm": "none"}, "norm: expected one of pre, post, deepnet, sandwich, got 'none'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"log_every": 0}, "log_every >= 1"),
         ({"dim": 130}, "dim: expected a multiple of heads = 4, got 130"),
