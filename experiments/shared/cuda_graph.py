@@ -10,21 +10,20 @@ import torch
 
 
 class GraphedCall:
-    """`function()` on a CUDA stream of the caller's, the default stream excepted: a capture is not allowed there.
+    """A function's launches on a CUDA stream of the caller's, the default stream excepted: it allows no capture.
 
     The function takes and returns nothing, touches the same tensors each time and reads none of them back to the host.
     Call it a few times as it is first (libraries set themselves up, kernels compile), then `capture`, then `replay`.
     """
 
-    def __init__(self, function: Callable[[], object]) -> None:
-        self._function = function
+    def __init__(self) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def captured(self) -> bool:
         return self._graph is not None
 
-    def capture(self) -> None:
+    def capture(self, function: Callable[[], object]) -> None:
         """Records the launches and runs none of them. A RuntimeError leaves the device usable, and nothing captured.
 
         `torch.cuda.graph` does the same after it has waited for the whole device and emptied the allocator's cache:
@@ -36,7 +35,7 @@ class GraphedCall:
         try:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._function()
+                function()
             except BaseException:
                 _abandon(graph)
                 raise

@@ -32,6 +32,10 @@ class Progress:
         if self._trained == ESTIMATE_AFTER:
             self._estimate()
 
+    def add(self, steps: int) -> None:
+        """Steps of runs that take turns; the bar estimates for itself."""
+        self._bar.update(steps)
+
     def label(self, text: str) -> None:
         self._bar.set_description(text, refresh=False)
 

@@ -65,8 +65,8 @@ class Trainer:
         self._together = together
         self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # rows whose figures are still on the device
         self._last_row = 0  # its step
-        self._step_graph = GraphedCall(self._optimize) if config.cuda_graph else None
-        self._val_graph = GraphedCall(self._validate_batch) if config.cuda_graph else None
+        self._step_graph = GraphedCall() if config.cuda_graph else None
+        self._val_graph = GraphedCall() if config.cuda_graph else None
         self._graph_calls: dict[GraphedCall, AttentionCalls] = {}
         self._other_calls = NO_CALLS  # that the model's counters do not show: of earlier processes and of replays
         self._timer = StepTimer(self.device)
@@ -188,7 +188,7 @@ class Trainer:
         if graph is not None and not graph.captured:
             before = attention_calls(self.model)
             try:
-                graph.capture()
+                graph.capture(function)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph, the run goes on without: {error}", RuntimeWarning, stacklevel=2)
                 self.optimizer.zero_grad(set_to_none=True)  # gradients in the memory of the abandoned capture

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.shared.config import RunConfig
+from experiments.shared.data import Corpus
+from experiments.shared.together import Job, Observer, run_together
+from experiments.shared.train import Trainer
+
+pytestmark = pytest.mark.gpu
+
+ARMS: dict[str, dict[str, Any]] = {
+    "regular": {"attention": "regular"},
+    "cosine": {"attention": "cosine"},
+    "learned": {"attention": "cosine", "learned_scale": True},
+    "grouped": {"attention": "cosine", "groups": 8, "scale": 1.0},
+    "chunked": {"attention": "cosine", "backend": "chunked"},
+    "plain": {"attention": "cosine", "backend": "plain"},
+    "deepnet": {"attention": "cosine", "norm": "deepnet"},
+}
+
+Tiny = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def on_gpu(tiny: Tiny) -> Tiny:
+    """At the head dim of the experiments, long enough for a capture to matter."""
+    return lambda **differences: replace(tiny(dim=128, steps=24, seq_len=128, device="cuda"), **differences)
+
+
+def trained(config: RunConfig, corpus: Corpus) -> Trainer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # a capture that failed, a kernel that is missing
+        trainer = Trainer(config, corpus)
+        assert trainer.run()
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [row[name] for row in trainer.rows for name in ("train_bpb", "val_bpb") if name in row]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_replayed_step_is_the_ordinary_step(on_gpu: Tiny, corpus: Corpus, arm: str, dtype: str):
+    """The same losses, up to sums in another order; the same number of attention calls."""
+    ordinary, graph = (
+        trained(on_gpu(**ARMS[arm], dtype=dtype, cuda_graph=captured), corpus) for captured in (False, True)
+    )
+    assert losses(graph) == pytest.approx(losses(ordinary), abs=1e-3 if dtype == "fp32" else 3e-2)
+    assert graph.attention_calls() == ordinary.attention_calls()
+    assert [row["lr"] for row in graph.rows] == [row["lr"] for row in ordinary.rows]
+
+
+def test_stopped_and_resumed_goes_on(on_gpu: Tiny, corpus: Corpus, tmp_path: Path):
+    config = on_gpu(attention="cosine", cuda_graph=True)
+    straight, first = trained(config, corpus), Trainer(config, corpus)
+    assert not first.run(should_stop=lambda: first.step == 13)
+    first.save(tmp_path / "checkpoint.pt")
+    second = Trainer(config, corpus)
+    second.load(tmp_path / "checkpoint.pt")
+    assert second.run()
+    assert losses(second) == pytest.approx(losses(straight), abs=1e-3)
+
+
+def test_runs_that_share_the_gpu_do_not_disturb_each_other(on_gpu: Tiny, corpus: Corpus, tmp_path: Path):
+    jobs = [Job(arm, on_gpu(cuda_graph=True, **ARMS[arm])) for arm in ("regular", "cosine", "learned", "grouped")]
+    found: dict[str, dict[str, Any]] = {}
+    observer = Observer(lambda _: None, lambda job, result: found.update({job.arm: result}))
+    assert run_together(jobs, corpus, tmp_path, 3, lambda: False, observer)
+    for job in jobs:
+        alone = trained(job.config, corpus)
+        assert found[job.arm]["val_bpb"] == pytest.approx(alone.rows[-1]["val_bpb"], abs=1e-3)
+        assert (found[job.arm]["fused_calls"] > 0) == (job.arm != "regular")
