@@ -67,6 +67,14 @@ def compare(session: nox.Session) -> None:
     session.run("python", "-m", "experiments.compare", *session.posargs)
 
 
+@nox.session(venv_backend="none")
+def experiments(session: nox.Session) -> None:
+    """A question's experiment, in the current environment: `nox -s experiments -- scale_and_groups --report`."""
+    name, *arguments = session.posargs or ("compare", "--help")
+    env = {"PYTHONPATH": f"{ROOT / KERNEL / 'src'}:{ROOT / PLUGIN / 'src'}"}
+    session.run("python", "-m", f"experiments.{name}", *arguments, env=env, external=True)
+
+
 @nox.session
 def benchmark(session: nox.Session) -> None:
     """Speed and memory on the CPU against torch's attention. On a GPU: `nox -s gpu_benchmark`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .shared.config import ARMS, RunConfig, add_flags, given, usage_errors
 from .shared.data import load_corpus
-from .shared.grid import Results, run_grid
+from .shared.grid import require_fused, run_grid
 from .shared.interrupt import INTERRUPTED, stop_requested
 from .shared.report import write_report
 
@@ -41,17 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--- {arm} writes ---\n{seeds[0]['sample']}")
     print(f"Written to {out}: summary.md, results.json, metrics.csv, loss.png, sample-ARM.txt")
     return 0
-
-
-def require_fused(results: Results) -> None:
-    """RuntimeError if an arm that should run the fused attention ran another: its figures would mean nothing."""
-    for arm, seeds in results.items():
-        for result in seeds:
-            if result["config"]["attention"] == "cosine" and (result["stock_calls"] or not result["fused_calls"]):
-                raise RuntimeError(
-                    f"{arm}: expected fused attention calls only, got {result['fused_calls']} fused "
-                    f"and {result['stock_calls']} stock"
-                )
 
 
 def _parser() -> argparse.ArgumentParser:

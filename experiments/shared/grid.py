@@ -43,3 +43,14 @@ def _order(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
     return [
         (arm, seed) for index, seed in enumerate(seeds) for arm in (arms if index % 2 == 0 else list(reversed(arms)))
     ]
+
+
+def require_fused(results: Results) -> None:
+    """RuntimeError if an arm that should run the fused attention ran another: its figures would mean nothing."""
+    for arm, seeds in results.items():
+        for result in seeds:
+            if result["config"]["attention"] == "cosine" and (result["stock_calls"] or not result["fused_calls"]):
+                raise RuntimeError(
+                    f"{arm}: expected fused attention calls only, got {result['fused_calls']} fused "
+                    f"and {result['stock_calls']} stock"
+                )

@@ -20,6 +20,7 @@ from typing import Any
 
 from .config import Arm, RunConfig, add_flags, given, usage_errors, with_arm
 from .data import load_corpus
+from .grid import require_fused
 from .interrupt import INTERRUPTED, stop_requested
 from .progress import Progress
 from .results_file import ResultsFile, read_runs
@@ -96,6 +97,11 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
     results = ResultsFile(path, base, corpus, environment())
     earlier = [ResultsFile(found, base, corpus, {}) for found in sorted(options.out.glob("results*.json"))]
     jobs = [job for job in jobs if not any(file.has(job) for file in earlier)]
+
+    def note(job: Job, result: dict[str, Any]) -> None:
+        require_fused({job.name: [result]})
+        results.add(job, result)
+
     with stop_requested() as asked, closing(Progress(sum(job.config.steps for job in jobs))) as progress:
         return run_together(
             jobs,
@@ -103,7 +109,7 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
             options.out / "checkpoints",
             options.together,
             lambda: asked() or time.monotonic() - began > options.time_limit,
-            Observer(progress.add, results.add),
+            Observer(progress.add, note),
         )
 
 

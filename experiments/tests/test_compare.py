@@ -10,7 +10,7 @@ import pytest
 
 from experiments import compare
 from experiments.shared import run
-from experiments.shared.grid import _order
+from experiments.shared.grid import _order, require_fused
 from experiments.shared.interrupt import INTERRUPTED
 from experiments.shared.progress import Progress
 from experiments.shared.report import _verdict
@@ -86,7 +86,7 @@ def test_one_seed_claims_no_spread(tiny_flags: list[str], tmp_path: Path):
 def test_a_comparison_with_stock_attention_is_void(calls: dict[str, int]):
     result = {"config": {"attention": "cosine"}, **calls}
     with pytest.raises(RuntimeError, match="expected fused attention calls only"):
-        compare.require_fused({"cosine": [result]})
+        require_fused({"cosine": [result]})
 
 
 def test_arms_take_turns():

@@ -34,7 +34,10 @@ class Notes:
 
 
 def jobs_of(tiny: Tiny) -> list[Job]:
-    arms: dict[str, dict[str, Any]] = {"regular": {"attention": "regular"}, "s 1": {"attention": "cosine", "scale": 1.0}}
+    arms: dict[str, dict[str, Any]] = {
+        "regular": {"attention": "regular"},
+        "s 1": {"attention": "cosine", "scale": 1.0},
+    }
     return [Job(arm, tiny(seed=seed, **differences)) for seed in (0, 1) for arm, differences in arms.items()]
 
 

@@ -1,0 +1,1 @@
+"""Is the gain of cosine-sim attention the ability to use post-norm?"""

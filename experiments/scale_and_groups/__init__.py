@@ -1,0 +1,1 @@
+"""Which scale does cosine-sim attention want, and do groups of the norm help?"""
