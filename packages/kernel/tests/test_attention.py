@@ -29,7 +29,9 @@ def problems(draw) -> dict[str, Any]:
     heads = 0 if merged else draw(st.sampled_from([1, 2, 4]))
     groups = draw(st.sampled_from([1, 1, 2, 4]))
     kv_heads = None if merged else draw(st.sampled_from([None, 0, 1, heads]))
-    biases = [None, None, "bij"] if merged else [None, None, "hij", "bhij", "hj", "hi", "b", "j"]
+    biases = (
+        [None, None, "bij"] if merged else [None, None, "hij", "bhij", "hj", "hi", "b", "j", "alibi", "t5", "relative"]
+    )
     if not merged and len(batch) == 1:
         biases.append("bij")
     d = draw(st.sampled_from([8, 16, 24, 32, 64]))

@@ -23,7 +23,7 @@ def operator_arguments(requires_grad: bool = True, backend: str = "", **options)
     fields = canonicalize(x.q, x.k, x.v, x.mask, x.attn_bias, x.scale, x.attn_bias_batch_dim)
     fields = [f.detach().requires_grad_(requires_grad and f.is_floating_point()) if isinstance(f, torch.Tensor) else f
               for f in fields]  # fmt: skip
-    return (*fields, x.groups, x.causal, x.l2norm_qk, backend)
+    return (*fields, x.groups, x.causal, x.l2norm_qk, False, backend)
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,14 @@ def test_choice():
     def chosen(**options) -> bool:
         problem = make_inputs(**{"nq": 300, "d": 8} | options).problem()
         fields = (problem.q, problem.k, problem.v, problem.mask, problem.bias, problem.causal)
-        return backends.uses_sdpa(*fields, return_lse=False, backend=None)
+        return backends.uses_sdpa(*fields, return_lse=False, toeplitz=problem.toeplitz, backend=None)
 
     assert chosen()
     assert chosen(causal=True)
     assert chosen(mask=True)
     assert chosen(dtype=torch.float64)
     assert not chosen(mask=True, causal=True)
+    assert not chosen(bias="alibi")
     assert not chosen(dtype=torch.float16)
     assert not chosen(dtype=torch.bfloat16, nq=64)
     assert chosen(dtype=torch.bfloat16) == sdpa.HAS_BFLOAT16_PRODUCTS

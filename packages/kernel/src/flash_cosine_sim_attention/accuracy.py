@@ -59,6 +59,7 @@ class Setting:
     nq: int
     nk: int
     bias_numel: int
+    bias_gain: float = 1.0  # largest derivative of a logit by a parameter of its bias
 
 
 def rounding_floors(
@@ -91,7 +92,7 @@ def _cancellation(
     return {
         "dq": rounding * setting.scale / setting.q_norm,
         "dk": per_key * setting.scale / setting.k_norm,
-        "dattn_bias": per_bias,
+        "dattn_bias": per_bias * setting.bias_gain,
         "dscale": rounding * math.sqrt(rows),
     }
 

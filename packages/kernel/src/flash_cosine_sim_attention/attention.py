@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, sdpa
+from .position_bias import PositionBias
 from .problem import canonicalize, restore
 from .reference import plain_cosine_sim_attention
 from .validation import check_unit_norm, validate
@@ -18,7 +19,7 @@ def flash_cosine_sim_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
+    attn_bias: Tensor | PositionBias | None = None,
     scale: float | Tensor = 8,
     groups: int = 1,
     causal: bool = False,
@@ -46,6 +47,9 @@ def flash_cosine_sim_attention(
         attn_bias: added to the logits, any floating dtype: (h, i, j); (b, i, j) with `attn_bias_batch_dim` or merged q;
             or 4 or more dims that broadcast to (*batch, h, i, j), e.g. (b, 1, h, i, j) shared over AlphaFold's rows.
             -inf hides a pair. Its gradient is summed over what was broadcast, and computed only if asked for.
+            Or a `PositionBias`, `AlibiBias`, `T5Bias` or `RelativeBias`: a function of the relative position with
+            O(n) or O(h) parameters and their gradients, for which no (i, j) tensor is ever made. Its heads are h or 1;
+            with merged q they may be any divisor of b * h, heads innermost.
         scale: factor of the cosine: a number, or a tensor of one value or one per head (h,): a learned temperature,
             with gradient. On the device of q.
         groups: the l2 norm is taken over each of `groups` contiguous chunks of d, so that the logits reach
@@ -83,9 +87,10 @@ def flash_cosine_sim_attention(
     if not l2norm_qk and not torch.compiler.is_compiling() and os.environ.get("FLASH_COSINE_SIM_CHECK", "0") == "1":
         check_unit_norm(q, k, groups)
     fields = canonicalize(q, k, v, mask, attn_bias, scale, attn_bias_batch_dim)
-    if backends.uses_sdpa(*fields[:5], causal, return_lse, backend):
+    toeplitz = isinstance(attn_bias, PositionBias)
+    if backends.uses_sdpa(*fields[:5], causal, return_lse, toeplitz, backend):
         return restore(sdpa.attention(*fields, groups, causal, l2norm_qk), q)
-    out, lse, _, _ = ops.forward(*fields, groups, causal, l2norm_qk, backend or "")
+    out, lse, _, _ = ops.forward(*fields, groups, causal, l2norm_qk, toeplitz, backend or "")
     out = restore(out, q)
     return (out, restore(lse, q)) if return_lse else out
 

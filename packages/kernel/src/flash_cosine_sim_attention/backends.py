@@ -39,6 +39,7 @@ def uses_sdpa(
     bias: Tensor | None,
     causal: bool,
     return_lse: bool,
+    toeplitz: bool,
     backend: str | None,
 ) -> bool:
     """Whether sdpa.py computes the call. Tensors as in `Problem`; backend None chooses.
@@ -47,7 +48,7 @@ def uses_sdpa(
     """
     if backend not in (None, "sdpa"):
         return False
-    reason = sdpa.why_not(q, k, v, mask, bias, causal, return_lse)
+    reason = sdpa.why_not(q, k, v, mask, bias, causal, return_lse, toeplitz)
     if backend == "sdpa" and reason is not None:
         raise ValueError(f"backend: 'sdpa' cannot serve this call: {reason}")
     return reason is None and (backend == "sdpa" or sdpa.is_faster(q, k))

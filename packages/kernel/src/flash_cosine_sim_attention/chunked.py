@@ -1,8 +1,9 @@
 """Memory-efficient attention in plain PyTorch, forward and backward, on any device. It serves every problem.
 
 The scores exist one tile at a time (tiles.py). Extra memory, beside the outputs, is O(n): for one box of batch
-elements at a time, wide copies of its keys and values and, in the backward, of their gradients; two tiles of scores;
-and a wide copy of a half-precision bias gradient that is summed over something.
+elements at a time, wide copies of its keys and values and, in the backward, of their gradients; two tiles of scores
+(with a `PositionBias` some three more); and a wide copy of a half-precision bias gradient that is summed over
+something.
 
 With a bounded score |s| <= B and no bias nothing is subtracted before exp (the fixed shift of math.md with m = 0):
     weighted_i = sum_j exp(s_ij) v_j,   total_i = sum_j exp(s_ij),   out_i = weighted_i / total_i
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from .problem import Gradients, Outputs, Problem
 from .tiles import LN_2, LOG2_E, Box, KeyChunk, Pass, Tiles, backward_of_norm, broadcast_slice, rnorm
+from .toeplitz import diagonal_sums
 
 
 def forward(problem: Problem, outputs: Outputs) -> None:
@@ -153,7 +155,7 @@ class _KeyGradients:
 class _Sums:
     """Sums over tiles of all boxes, in the wide dtype."""
 
-    dbias: Tensor | None  # (b0 | 1, b1 | 1, hk | 1, g | 1, i | 1, j | 1)
+    dbias: Tensor | None  # (b0 | 1, b1 | 1, hk | 1, g | 1, i | 1, j | 1), or (..., 1, i + j - 1) if toeplitz
     dscale: Tensor | None  # (hk, g)
 
     @classmethod
@@ -169,6 +171,17 @@ class _Sums:
         return cls(
             dbias, None if dscale is None else q.new_zeros(kv_heads, q.shape[2] // max(kv_heads, 1), dtype=dscale.dtype)
         )
+
+    def add_dbias(self, tiles: Tiles, box: Box, rows: slice, keys: slice, d_scores: Tensor) -> None:
+        """d_scores: of one tile, (x0, x1, y, g, r, c)."""
+        assert self.dbias is not None
+        if tiles.problem.toeplitz:
+            target = broadcast_slice(self.dbias, (*box, slice(None), slice(None), tiles.diagonals(rows, keys)))
+            shared = d_scores.sum_to_size(*target.shape[:4], *d_scores.shape[4:])
+            target.add_(diagonal_sums(shared).unsqueeze(-2))
+        else:
+            target = broadcast_slice(self.dbias, (*box, slice(None), rows, keys))
+            target.add_(d_scores.sum_to_size(target.shape))
 
     def write(self, gradients: Gradients) -> None:
         if gradients.dbias is not None and self.dbias is not None and self.dbias.dtype != gradients.dbias.dtype:
@@ -203,8 +216,7 @@ def _backward_rows(
             continue
         d_scores = this.product(1, upstream.rows, chunk.values).mul_(weights)
         if sums.dbias is not None:
-            target = broadcast_slice(sums.dbias, (*box, slice(None), rows, chunk.keys))
-            target.add_(this.as_tile(d_scores, box, rows).sum_to_size(target.shape))
+            sums.add_dbias(this.tiles, box, rows, chunk.keys, this.as_tile(d_scores, box, rows))
         if total.unit is not None:
             total.unit.baddbmm_(d_scores.mT, queries)
         if d_queries is not None:

@@ -93,7 +93,7 @@ class CudaKernels:
                 f"float32 logits up to {problem.bound:g}: above {FLOAT32_BOUND:g} the kernels' split products lose bits"
             )
             return None
-        key = (q.device, dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature, has_mask)
+        key = (q.device, dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature, has_mask, problem.toeplitz)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -116,6 +116,11 @@ class CudaKernels:
                 refusal(arch, capability)
                 or why_none(arch, pass_name, dtype, width, feature)
                 or ("the sm90 forward takes no key mask" if arch == "sm90" and problem.mask is not None else None)
+                or (
+                    "the kernels take attn_bias as a dense tensor only, not as a PositionBias"
+                    if problem.toeplitz
+                    else None
+                )
             )
             if reason is None:
                 assert capability is not None

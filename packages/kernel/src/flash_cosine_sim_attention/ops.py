@@ -19,7 +19,7 @@ from .problem import Gradients, Outputs, Problem
 _library = torch.library.Library("flash_cosine_sim_attention", "DEF")
 _PROBLEM = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, float scale_value, int groups, "
-    "bool causal, bool l2norm_qk, str backend"
+    "bool causal, bool l2norm_qk, bool toeplitz, str backend"
 )
 _library.define(f"forward({_PROBLEM}) -> (Tensor out, Tensor lse, Tensor q_rnorm, Tensor k_rnorm)")
 _library.define(
@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
         out, lse, q_rnorm, k_rnorm, q, k, v, mask, bias, scale = ctx.saved_tensors
         if dout is None:
             if dlse is None:
-                return (None,) * 11
+                return (None,) * 12
             dout = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]]
@@ -122,7 +122,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, dbias, dscale = (
             gradient if need else None for gradient, need in zip((dq, dk, dv, dbias, dscale), needs, strict=True)
         )
-        return dq, dk, dv, None, dbias, dscale, None, None, None, None, None
+        return dq, dk, dv, None, dbias, dscale, None, None, None, None, None, None
 
 
 def _save(ctx, args, out, lse, q_rnorm, k_rnorm):

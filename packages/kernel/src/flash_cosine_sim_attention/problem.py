@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .position_bias import PositionBias
 from .validation import batch_shape, num_heads
 
 
@@ -23,12 +24,15 @@ class Problem:
     k: Tensor  # (b0, b1, hk, j, d)         query head a reads kv head a // (h / hk)
     v: Tensor  # (b0, b1, hk, j, dv)
     mask: Tensor | None  # bool (b0 | 1, b1 | 1, j), True = attend
-    bias: Tensor | None  # (b0 | 1, b1 | 1, h | 1, i | 1, j | 1), any float dtype
+    bias: Tensor | None  # (b0 | 1, b1 | 1, h | 1, i | 1, j | 1), any float dtype; or as `toeplitz` says
     scale: Tensor | None  # (h,) float32 (float64 for float64): learned; else None and scale_value holds
     scale_value: float
     groups: int
     causal: bool  # key j is visible to query i iff j <= i + (nk - nq)
     l2norm_qk: bool
+    toeplitz: bool = False
+    """The bias depends on j - i alone and is given by its diagonals: bias (b0 | 1, b1 | 1, h | 1, 1, i + j - 1), wide
+    dtype; that of pair (i, j) is entry nq - 1 + j - i."""
 
     @property
     def bound(self) -> float:
@@ -67,14 +71,17 @@ def canonicalize(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    attn_bias: Tensor | None,
+    attn_bias: Tensor | PositionBias | None,
     scale: float | Tensor,
     attn_bias_batch_dim: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
     """Arguments that passed `validate` -> (q, k, v, mask, bias, scale, scale_value) of a `Problem`, differentiably.
 
-    Views, except with three or more batch dims that cannot be merged in place.
+    Views, except with three or more batch dims that cannot be merged in place. A `PositionBias` becomes its diagonals
+    (see `Problem.toeplitz`).
     """
+    if isinstance(attn_bias, PositionBias):
+        q, k, v, mask, attn_bias = _with_diagonals(q, k, v, mask, attn_bias)
     batch, heads = batch_shape(q), num_heads(q)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     merged = q.ndim == 3
@@ -100,6 +107,24 @@ def canonicalize(
     if isinstance(scale, Tensor):
         return q, k, v, mask, bias, scale.to(wide).reshape(-1).expand(heads), 0.0
     return q, k, v, mask, bias, None, float(scale)
+
+
+def _with_diagonals(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: PositionBias
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """-> q, k, v, mask and the bias's diagonals, (*batch | 1, h | 1, 1, i + j - 1) in 4 or more dims.
+
+    Merged (b * h, n, d) with a bias of h heads get batch dims (b, h) with one head each: a mask may tell heads apart.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    diagonals = bias.diagonals(q.shape[-2], k.shape[-2], wide).unsqueeze(-2)
+    heads = bias.leading[-1]
+    if q.ndim == 3 and heads != 1:
+        q, k, v = (x.unflatten(0, (-1, heads)).unsqueeze(2) for x in (q, k, v))
+        if mask is not None and mask.ndim == 2 and mask.shape[0] != 1:
+            mask = mask.unflatten(0, (-1, heads))
+        diagonals = diagonals.unsqueeze(-3)
+    return q, k, v, mask, diagonals.reshape((1,) * (4 - diagonals.ndim) + diagonals.shape)
 
 
 def restore(x: Tensor, q: Tensor) -> Tensor:

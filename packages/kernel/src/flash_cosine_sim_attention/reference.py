@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .position_bias import PositionBias
 from .validation import validate
 
 
@@ -19,7 +20,7 @@ def plain_cosine_sim_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
+    attn_bias: Tensor | PositionBias | None = None,
     scale: float | Tensor = 8,
     groups: int = 1,
     causal: bool = False,
@@ -62,12 +63,19 @@ def _attend(q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bia
     scores = q @ k.transpose(-1, -2)  # (*batch, h, i, j)
     scores = scores * _per_head(scale, wide)
     if attn_bias is not None:
-        by_batch = attn_bias.ndim == 3 and (attn_bias_batch_dim or merged)
-        scores = scores + (attn_bias.unsqueeze(1) if by_batch else attn_bias).to(wide)
+        scores = scores + _dense(attn_bias, scores, merged, attn_bias_batch_dim or merged).to(wide)
     scores = torch.where(_visible(scores, mask, causal), scores, float("-inf"))
 
     out, lse = _softmax_average(scores, v)
     return (out.squeeze(1).to(dtype), lse.squeeze(1)) if merged else (out.to(dtype), lse)
+
+
+def _dense(attn_bias: Tensor | PositionBias, scores: Tensor, merged: bool, by_batch: bool) -> Tensor:
+    """-> broadcastable to scores (*batch, h, i, j)"""
+    if isinstance(attn_bias, PositionBias):
+        bias = attn_bias.materialize(scores.shape[-2], scores.shape[-1], scores.dtype)
+        return bias.repeat(scores.shape[0] // bias.shape[0], 1, 1).unsqueeze(1) if merged else bias
+    return attn_bias.unsqueeze(1) if attn_bias.ndim == 3 and by_batch else attn_bias
 
 
 def _per_query_head(x: Tensor, q: Tensor) -> Tensor:

@@ -33,7 +33,14 @@ def is_faster(q: Tensor, k: Tensor) -> bool:
 
 
 def why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    return_lse: bool,
+    toeplitz: bool = False,
 ) -> str | None:
     """The reason why `attention` cannot serve this with O(n) memory, None if it can. Tensors as in `Problem`."""
     nq, nk = q.shape[3], k.shape[3]
@@ -41,6 +48,8 @@ def why_not(
         return f"it serves CPU tensors, got {q.device}"
     if return_lse:
         return "it returns no log-sum-exp"
+    if toeplitz:
+        return "it takes attn_bias as a dense tensor only, not as a PositionBias"
     if v.shape[-1] != q.shape[-1]:
         return f"it needs one head dim for q, k and v, got {q.shape[-1]} and {v.shape[-1]}"
     if q.numel() == 0 or k.numel() == 0:

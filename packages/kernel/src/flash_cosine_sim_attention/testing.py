@@ -15,16 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .accuracy import Setting, assert_within_budget, error_budget, largest_norm, rounding_floors, smallest_norm
+from .accuracy import Setting, assert_within_budget, error_budget, largest, largest_norm, rounding_floors, smallest_norm
 from .attention import flash_cosine_sim_attention
 from .ops import empty_gradients, empty_outputs
+from .position_bias import AlibiBias, PositionBias, RelativeBias, T5Bias
 from .problem import Gradients, Outputs, Problem, canonicalize
 from .reference import plain_cosine_sim_attention
+from .toeplitz import toeplitz_matrix
 
 __all__ = [
     "Inputs",
@@ -41,6 +44,14 @@ __all__ = [
 ]
 
 AttentionFunction = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
+
+POSITION_BIASES: dict[str, Callable[[Tensor], PositionBias]] = {
+    "alibi": AlibiBias,
+    "t5": T5Bias,
+    "t5_causal": partial(T5Bias, bidirectional=False),
+    "relative": RelativeBias,
+}
+"""Forms of `make_inputs(bias=...)`: parameters -> the bias."""
 
 DIFFERENTIABLE = ("q", "k", "v", "attn_bias", "scale")
 
@@ -59,9 +70,14 @@ class Inputs:
     causal: bool = False
     l2norm_qk: bool = True
     attn_bias_batch_dim: bool = False
+    position_bias: Callable[[Tensor], PositionBias] | None = None
+    """If it is there, attn_bias holds the parameters, and this makes the argument of them."""
 
     def arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        arguments = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "position_bias"}
+        if self.position_bias is not None and self.attn_bias is not None:
+            arguments["attn_bias"] = self.position_bias(self.attn_bias)
+        return arguments
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Every floating tensor in `dtype`, detached."""
@@ -78,8 +94,10 @@ class Inputs:
     def problem(self) -> Problem:
         """The canonical form, for calling a backend module directly."""
         x = replace(self, **{name: x.detach() for name, x in self.tensors().items()})  # type: ignore[arg-type]
-        fields = canonicalize(x.q, x.k, x.v, x.mask, x.attn_bias, x.scale, x.attn_bias_batch_dim)
-        return Problem(*fields, self.groups, self.causal, self.l2norm_qk)
+        attn_bias = x.arguments()["attn_bias"]
+        fields = canonicalize(x.q, x.k, x.v, x.mask, attn_bias, x.scale, x.attn_bias_batch_dim)
+        toeplitz = isinstance(attn_bias, PositionBias)
+        return Problem(*fields, self.groups, self.causal, self.l2norm_qk, toeplitz)
 
 
 def make_inputs(
@@ -109,7 +127,8 @@ def make_inputs(
         mask: attach a random key mask (*batch, nk), True with probability 0.7.
         bias: None, or the dims that the bias really has, out of "bhij": "hij" -> (heads, nq, nk), "bij" ->
             (b, nq, nk) with attn_bias_batch_dim, any other, such as "bhij", "hj" or "b": all dims, those not named of
-            size 1. With several batch dims "b" is the first of them.
+            size 1. With several batch dims "b" is the first of them. Or a `PositionBias`: "alibi", "t5", "t5_causal" or
+            "relative", with parameters of each head (of one for merged inputs).
         scale: a number; "scalar" or "head" for a learned tensor of one value or one a head, around 8.
         device: None for torch's default device. The numbers are the same on every device.
         l2norm_qk: with False q and k are of unit norm per group already (up to the rounding of dtype).
@@ -129,6 +148,7 @@ def make_inputs(
         q, k = (torch.nn.functional.normalize(x.unflatten(-1, (groups, -1)), dim=-1).flatten(-2) for x in (q, k))
     tensor_scale = 8.0 + randn(heads if scale == "head" and heads else 1) if isinstance(scale, str) else None
     attn_bias = None if bias is None else randn(*_bias_shape(bias, batch, heads, nq, nk))
+    attn_bias = attn_bias.abs() / 4 if attn_bias is not None and bias == "alibi" else attn_bias
     keys = torch.rand(*batch, nk, generator=generator, device="cpu") < 0.7 if mask else None
     q, k, v = (x.to(device=device, dtype=dtype) for x in (q, k, v))
     return Inputs(
@@ -140,10 +160,14 @@ def make_inputs(
         causal=causal,
         l2norm_qk=l2norm_qk,
         attn_bias_batch_dim=bias == "bij",
+        position_bias=None if bias is None else POSITION_BIASES.get(bias),
     )
 
 
 def _bias_shape(dims: str, batch: tuple[int, ...], heads: int, nq: int, nk: int) -> tuple[int, ...]:
+    if dims in POSITION_BIASES:
+        forms = {"alibi": (heads or 1,), "relative": (heads or 1, 2 * max(nq, nk) - 1)}
+        return forms.get(dims, (32, heads or 1))
     if dims == "hij":
         return heads, nq, nk
     if dims == "bij":
@@ -160,7 +184,7 @@ def eager_cosine_sim_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
+    attn_bias: Tensor | PositionBias | None = None,
     scale: float | Tensor = 8,
     groups: int = 1,
     causal: bool = False,
@@ -174,6 +198,8 @@ def eager_cosine_sim_attention(
     """
     q, k, v, mask, bias, scale_tensor, scale_value = canonicalize(q, k, v, mask, attn_bias, scale, attn_bias_batch_dim)
     nq, nk, repeats = q.shape[-2], k.shape[-2], q.shape[2] // k.shape[2] if k.shape[2] else 1
+    if isinstance(attn_bias, PositionBias) and bias is not None:
+        bias = toeplitz_matrix(bias.squeeze(-2), nk) if nq and nk else None
     if mask is not None:  # NaN in a masked key is no measure of anything
         k, v = torch.where(mask[:, :, None, :, None], k, 1), torch.where(mask[:, :, None, :, None], v, 0)
     k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
@@ -260,13 +286,16 @@ def random_upstream(inputs: Inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def _setting(inputs: Inputs) -> Setting:
     """The magnitudes of `inputs` that rounding floors depend on."""
-    canonical = inputs.to(torch.float64).problem()
     norms = [1.0, 1.0]
     if inputs.l2norm_qk:
         norms = [smallest_norm(x, inputs.groups) for x in (inputs.q, inputs.k)]
     scale = float(inputs.scale.abs().max()) if isinstance(inputs.scale, Tensor) else abs(inputs.scale)
-    numel = 0 if canonical.bias is None else canonical.bias.numel()
-    return Setting(scale, norms[0], norms[1], largest_norm(inputs.v), inputs.q.shape[-2], inputs.k.shape[-2], numel)
+    nq, nk, numel, gain = inputs.q.shape[-2], inputs.k.shape[-2], 0, 1.0
+    if inputs.attn_bias is not None:
+        numel = inputs.attn_bias.numel()
+        if inputs.position_bias is not None:  # linear in its parameters
+            gain = largest(inputs.position_bias(torch.ones_like(inputs.attn_bias)).diagonals(nq, nk))
+    return Setting(scale, norms[0], norms[1], largest_norm(inputs.v), nq, nk, numel, gain)
 
 
 def poison(*tensors: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .normalize import EPS, keep_rows
 from .problem import Outputs, Problem
+from .toeplitz import toeplitz_matrix
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 
@@ -105,6 +106,20 @@ class Tiles:
     @cached_property
     def bias(self) -> Tensor | None:
         return None if self.problem.bias is None else self.bias_by_kv_head(self.problem.bias)
+
+    def bias_tile(self, box: Box, rows: slice, keys: slice) -> Tensor | None:
+        """(x0 | 1, x1 | 1, y | 1, g | 1, r | 1, c | 1)"""
+        if self.bias is None:
+            return None
+        if self.problem.toeplitz:
+            window = broadcast_slice(self.bias, (*box, slice(None), slice(None), self.diagonals(rows, keys)))
+            return toeplitz_matrix(window.squeeze(-2), keys.stop - keys.start)
+        return broadcast_slice(self.bias, (*box, slice(None), rows, keys))
+
+    def diagonals(self, rows: slice, keys: slice) -> slice:
+        """Those of all nq + nk - 1 that cross a tile."""
+        last_query = self.problem.q.shape[3] - 1
+        return slice(last_query + keys.start - (rows.stop - 1), last_query + keys.stop - rows.start)
 
     @cached_property
     def scale(self) -> Tensor | float:
@@ -223,8 +238,9 @@ class Pass:
         """queries (n, g * r, d), times scale log2(e) -> s' (n, g * r, c), in a buffer; -inf where hidden."""
         scores = self.product(0, queries, chunk.unit)
         tile = self.as_tile(scores, box, rows)
-        if self.tiles.bias is not None:
-            tile.add_(broadcast_slice(self.tiles.bias, (*box, slice(None), rows, chunk.keys)), alpha=LOG2_E)
+        bias = self.tiles.bias_tile(box, rows, chunk.keys)
+        if bias is not None:
+            tile.add_(bias, alpha=LOG2_E)
         if chunk.hidden is not None:
             tile.masked_fill_(chunk.hidden, -math.inf)
         diagonal = self.tiles.last_visible(rows, chunk.keys)

@@ -11,6 +11,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .position_bias import PositionBias
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("plain", "chunked", "sdpa", "sm80", "sm90")
 """Every name that `backend=` takes: see `backends.py` for what each one is and serves."""
@@ -109,11 +111,34 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
         )
 
 
-def check_bias(bias: Tensor | None, q: Tensor, k: Tensor, batch_dim: bool) -> None:
-    """attn_bias: (h, i, j); (b, i, j) with batch_dim or merged q; or broadcastable to (*batch, h, i, j) in 4+ dims."""
+def check_position_bias(bias: PositionBias, q: Tensor, k: Tensor) -> None:
+    """Its leading dims broadcast to (*batch, h); with merged q they are (heads,), a divisor of batch * heads."""
+    if bias.device != q.device:
+        raise ValueError(f"attn_bias: expected the device of q, {q.device}, got {bias.device}")
+    leading, batch = bias.leading, batch_shape(q)
+    if q.ndim == 3:
+        if len(leading) != 1 or (leading[0] != 1 and (leading[0] == 0 or batch[0] % leading[0] != 0)):
+            raise ValueError(
+                f"attn_bias: with merged q expected a {type(bias).__name__} of (heads,), with a number of heads that "
+                f"divides batch * heads = {batch[0]}, got {leading}"
+            )
+    elif not leading or not broadcasts_to(leading, (*batch, num_heads(q))):
+        raise ValueError(
+            f"attn_bias: expected a {type(bias).__name__} of (heads,), or of dims that broadcast to (*batch, heads) = "
+            f"{(*batch, num_heads(q))}, got {leading}"
+        )
+    bias.check_lengths(q.shape[-2], k.shape[-2])
+
+
+def check_bias(bias: Tensor | PositionBias | None, q: Tensor, k: Tensor, batch_dim: bool) -> None:
+    """attn_bias: (h, i, j); (b, i, j) with batch_dim or merged q; or broadcastable to (*batch, h, i, j) in 4+ dims; or
+    a `PositionBias`."""
     if bias is None:
         return
-    _check_tensor("attn_bias", bias)
+    if isinstance(bias, PositionBias):
+        return check_position_bias(bias, q, k)
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"attn_bias: expected a torch.Tensor or a PositionBias, got {type(bias).__name__}")
     if bias.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"attn_bias: expected a dtype of float16, bfloat16, float32 or float64, got {bias.dtype}; "
@@ -197,7 +222,7 @@ def validate(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    attn_bias: Tensor | None,
+    attn_bias: Tensor | PositionBias | None,
     scale: float | Tensor,
     groups: int,
     attn_bias_batch_dim: bool,
