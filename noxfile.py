@@ -30,6 +30,15 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", "-m", "not gpu", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session
+@nox.parametrize("version", ["2.20.0", "2.26.4", "2.31.10"])
+def plugin_versions(session: nox.Session, version: str) -> None:
+    """The plugin's tests with each version of x-transformers that it is said to work with."""
+    install(session, "pytest", "matplotlib", "tqdm")
+    session.install(f"x-transformers=={version}")  # after the one of constraints.txt
+    session.run("pytest", "-m", "not gpu", f"{PLUGIN}/tests", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(venv_backend="none")
 def gpu_tests(session: nox.Session) -> None:
     """The tests marked `gpu`, in the current environment (it has the torch that fits the driver)."""
