@@ -1,4 +1,4 @@
-"""The README's examples run as they stand, and give the shapes that their comments state."""
+"""The examples of README.md and docs/recipes.md run as they stand, and give the shapes that their comments state."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+RECIPES = README.parent / "docs" / "recipes.md"
+
+
+def blocks_of(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
 STATED_SHAPE = re.compile(r"^(out|bias\.grad)\b.*#\s*(\([\d, ]+\))", flags=re.MULTILINE)
 
 
@@ -31,3 +39,10 @@ def test_example(block):
 def test_examples_state_shapes():
     assert len(BLOCKS) >= 9
     assert sum(len(STATED_SHAPE.findall(block)) for block in BLOCKS) >= 9
+
+
+@pytest.mark.parametrize("block", blocks_of(RECIPES), ids=["rms norm", "ngpt", "swin v2"])
+def test_recipe(block):
+    """Each asserts that it equals what it replaces."""
+    torch.manual_seed(1)
+    exec(compile(block, str(RECIPES), "exec"), {})
