@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from flash_cosine_sim_attention._build.spec import CSRC
@@ -29,38 +32,51 @@ def for_the_host(source: str) -> str:
     return LAUNCH.sub(r"emulator::launch(\2, \3, \4, [&] { \1(\6); });", source)
 
 
-def build(folder: Path, variants: Sequence[Variant], tools: Toolchain) -> Path:
-    """-> a shared library that exports the launchers of `variants`, on host memory."""
-    sources = folder / "csrc"
-    shutil.copytree(CSRC, sources)
-    for path in sources.rglob("*.cuh"):
-        path.write_text(for_the_host(path.read_text()))
-    for instructions, definitions in REPLACED.items():
-        shutil.copyfile(HERE / definitions, sources / instructions)
-    includes = [f"-I{sources}", f"-I{HERE}", *(f"-isystem{path}" for path in cuda_includes(tools.nvcc))]
-    options = [
-        "-std=c++17",
-        "-O2",
-        "-fPIC",
-        "-fno-strict-aliasing",
-        "-w",
-        "-Wno-psabi",
-        "-include",
-        "emulator.h",
-        *includes,
-    ]
+def compile_all(folder: Path, sources: Sequence[Path], tools: Toolchain, *options: str) -> list[Path]:
+    """-> object files in `folder`."""
+    includes = [f"-I{HERE}", *(f"-isystem{path}" for path in cuda_includes(tools.nvcc))]
+    options = ("-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-w", "-Wno-psabi", *options, *includes)
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run([tools.cxx, *options, "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run([tools.cxx, *options, "-include", "emulator.h", "-c", source, "-o", target], check=True)
         return target
 
-    stubs = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
-    for variant in variants:
-        stubs.append(folder / f"{variant.name}.cpp")
-        stubs[-1].write_text(variant.source)
     with ThreadPoolExecutor(2) as pool:
-        objects = [str(path) for path in pool.map(compile_one, stubs)]
+        return list(pool.map(compile_one, sources))
+
+
+@cache
+def emulator_objects(tools: Toolchain) -> list[Path]:
+    """The emulator itself, compiled once a process."""
+    folder = Path(tempfile.mkdtemp(prefix="emulator"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return compile_all(folder, [HERE / "emulator.cpp", HERE / "hopper.cpp"], tools)
+
+
+def build(
+    folder: Path,
+    variants: Sequence[Variant],
+    tools: Toolchain,
+    sources_beside: Sequence[Path] = (),
+    change: Callable[[str], str] = lambda source: source,
+) -> Path:
+    """-> a shared library that exports the launchers of `variants`, on host memory, and what `sources_beside` export.
+
+    change: applied to the text of every header of csrc first (a test that breaks a kernel).
+    """
+    sources = folder / "csrc"
+    shutil.copytree(CSRC, sources)
+    for path in sources.rglob("*.cuh"):
+        path.write_text(for_the_host(change(path.read_text())))
+    for instructions, definitions in REPLACED.items():
+        shutil.copyfile(HERE / definitions, sources / instructions)
+    texts = {source.stem: for_the_host(source.read_text()) for source in sources_beside}
+    texts |= {variant.name: variant.source for variant in variants}
+    stubs = [folder / f"{name}.cpp" for name in texts]
+    for stub in stubs:
+        stub.write_text(texts[stub.stem])
+    objects = [*emulator_objects(tools), *compile_all(folder, stubs, tools, f"-I{sources}")]
     library = folder / "emulated.so"
-    subprocess.run([tools.cxx, "-shared", *objects, "-o", str(library)], check=True)
+    subprocess.run([tools.cxx, "-shared", *objects, "-o", library], check=True)
     return library
