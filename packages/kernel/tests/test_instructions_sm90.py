@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def library(device, tmp_path_factory, tools_with_binding):
     return ctypes.CDLL(str(target))
 
 
-def call(function: ctypes._CFuncPtr, *arguments: int | Tensor) -> None:
+def call(function: Callable[..., int], *arguments: int | Tensor) -> None:
     error = function(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments))
     assert error == 0, f"CUDA error {error}"
     if torch.cuda.is_available():
