@@ -42,6 +42,27 @@ def test_positions_heads_memories_and_key_masks(options, causal, language_model,
     check(model, lambda m: random_loss(m, ids, mask=mask, rows=mask))
 
 
+SURROUNDINGS = [
+    {"pre_norm": False, "scale_residual": True},  # DeepNet's placement
+    {"use_rmsnorm": True, "macaron": True},
+    {"gate_residual": True, "use_layerscale": True, "shift_tokens": 1},
+    {"weight_tie_layers": True},
+    {"integrate_layers": True},
+    {"num_residual_streams": 2},
+    {"rotary_pos_emb": True, "rotary_emb_dim": 8},
+    {"rotary_pos_emb": True, "rotate_num_heads": 2},
+]
+
+
+@pytest.mark.parametrize("options", SURROUNDINGS, ids=str)
+def test_what_surrounds_attention_makes_no_difference(options, language_model, ids):
+    try:
+        model = language_model(**native(**options))
+    except AssertionError as error:
+        pytest.skip(f"this x-transformers has no such option: {error}")
+    check(model, lambda m: random_loss(m, ids))
+
+
 @pytest.mark.parametrize("options", POSITIONS[:3], ids=str)  # stock flash takes no learned bias
 def test_stock_flash_agrees_where_it_serves(options, language_model, ids):
     check(language_model(**native(attn_flash=True, attn_kv_heads=2, **options)), lambda m: random_loss(m, ids))
