@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data import Corpus, unigram_entropy
+from .environment import environment
 from .grid import Results
 from .metrics import mean_and_spread, table, write_csv, write_json
 from .plot import plot_losses
@@ -33,18 +31,6 @@ def write_report(results: Results, corpus: Corpus, out: Path) -> str:
     for arm, seeds in results.items():
         (out / f"sample-{arm}.txt").write_text(seeds[0]["sample"], encoding="utf-8")
     return summary
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on besides the configuration."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
 
 
 def _heading(results: Results, corpus: Corpus, unigram: float) -> str:

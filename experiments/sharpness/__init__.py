@@ -1,0 +1,1 @@
+"""Can bounded logits attend sharply: to one key of thousands?"""
