@@ -1,4 +1,4 @@
-"""Experiments of many short runs: one JSON file a run, those that are there are kept, the missing ones train at once."""
+"""Experiments of many short runs: one JSON file a run, finished ones are kept, missing ones train at once."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ class Wave:
         """accuracy; loss in nats; top: mean over asked queries of the largest probability in any layer and head."""
         drawn = self._draw(self.config.eval_sequences, length, "test")  # the same for all arms and seeds
         weights, model = self.lanes[name].weights(), self.models[name]
-        scores, top = [], torch.empty(0)
+        scores: list[tuple[Tensor, Tensor]] = []
+        top = torch.empty(0)
         for rows in torch.arange(self.config.eval_sequences).split(max(1, TOKENS_AT_ONCE // length // len(self.seeds))):
             probe = Probe(PROBED)
             tokens, positions = (x[rows].expand(len(self.seeds), -1, -1) for x in (drawn.tokens, drawn.positions))

@@ -37,5 +37,5 @@ def mean_exponential(bound: float, dim: int) -> float:
 
 
 def bound_for(n: int, probability: float) -> float:
-    """The bound at which orthogonal distractors leave `probability`: log(n - 1) + log(p / (1 - p)), growing as log n."""
+    """The bound at which orthogonal distractors leave `probability`: log(n - 1) + log(p / (1 - p))."""
     return math.log(n - 1) + math.log(probability / (1 - probability))
