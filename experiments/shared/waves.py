@@ -45,13 +45,27 @@ def is_done(folder: Path, name: str, identity: Result) -> bool:
     return True
 
 
-def interval(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and half width of the 95 % interval over seeds."""
+def by_arm(results: Iterable[Result], arms: Iterable[str]) -> dict[str, list[Result]]:
+    """Runs of each arm that has any, in the order of `arms`, by seed."""
+    found: dict[str, list[Result]] = {name: [] for name in arms}
+    for run in sorted(results, key=lambda run: run["seed"]):
+        found[run["arm"]].append(run)
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def paired(runs: Iterable[Result], reference: Iterable[Result]) -> list[tuple[Result, Result]]:
+    """Runs of the same seed: they share data, and what of the first weights they have in common."""
+    others = {run["seed"]: run for run in reference}
+    return [(run, others[run["seed"]]) for run in runs if run["seed"] in others]
+
+
+def interval(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+    """Mean and half width of the 95 % interval over seeds (Student's t)."""
     mean, spread = mean_and_spread(values)
+    first = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
     if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    half = T_95.get(len(values), 2.0) * spread / len(values) ** 0.5
-    return f"{mean:.{digits}f} +- {half:.{digits}f}"
+        return first
+    return f"{first} +- {T_95.get(len(values), 2.1) * spread / len(values) ** 0.5:.{digits}f}"
 
 
 def deadline(seconds: float, asked: Callable[[], bool]) -> Callable[[], bool]:

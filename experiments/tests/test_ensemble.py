@@ -117,7 +117,8 @@ def test_attention_is_the_softmax_of_the_logits(arm, factor):
 
 def test_cosine_is_the_definition():
     q, k, v = (torch.randn(2, 3, 2, 9, 8) for _ in range(3))
-    expected = plain_cosine_sim_attention(*(x.flatten(0, 1).double() for x in (q, k, v)), scale=8, groups=2)
+    wide = [x.flatten(0, 1).double() for x in (q, k, v)]
+    expected = plain_cosine_sim_attention(wide[0], wide[1], wide[2], scale=8, groups=2)
     for arm in (FIXED, PLAIN):
         torch.testing.assert_close(attend(arm, q, k, v).flatten(0, 1).double(), expected, rtol=1e-4, atol=1e-5)
 
