@@ -26,7 +26,8 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The CPU test suite of everything: `nox -s tests -- -k lengths` passes arguments to pytest."""
-    install(session, "pytest", "pytest-xdist", "hypothesis", "numpy", "rotary-embedding-torch", "matplotlib", "tqdm")
+    packages = ("pytest-xdist", "hypothesis", "numpy", "rotary-embedding-torch", "matplotlib", "tqdm", "scikit-learn")
+    install(session, "pytest", *packages)
     session.run("pytest", "-n", "auto", "-m", "not gpu", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

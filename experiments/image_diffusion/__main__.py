@@ -2,7 +2,7 @@
 
     python -m experiments.image_diffusion --device cuda --seeds 0 1 2            all arms, minutes on a large GPU
     python -m experiments.image_diffusion --steps 200 --dim 64 --depth 2         a look at it on a CPU
-    python -m experiments.image_diffusion --report --out experiments/image_diffusion/results
+    python -m experiments.image_diffusion --report             table and plots of the results in git
 
 Runs whose results are in --out are not repeated.
 """
@@ -25,12 +25,14 @@ from .data import load_digits
 from .report import write_report
 from .run import run_missing
 
+RESULTS = Path(__file__).with_name("results")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.report:
-        print(write_report(options.out))
+        print(write_report(RESULTS, RESULTS.parent))
         return 0
     with usage_errors(parser):
         config = ImageConfig(**{spec.name: getattr(options, spec.name) for spec in fields(ImageConfig)})
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not run_missing(config, arms, options.seeds, digits, options.device, options.out, stop, progress):
             print(f"Stopped. Finished runs are in {options.out}; the same command goes on with the others.")
             return INTERRUPTED
-    print(write_report(options.out))
+    print(write_report(options.out, options.out))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of all runs in a folder: summary.md, quality.png, levels.png, samples.png beside them."""
+"""Tables and plots of all runs in a folder: summary.md, quality.png, levels.png, samples.png."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ DIGITS = {"held-out loss": 5, "class accuracy": 4}
 SHOWN = 20  # images an arm in samples.png
 
 
-def write_report(folder: Path) -> str:
-    """The summary. ValueError if there is no run."""
+def write_report(folder: Path, out: Path) -> str:
+    """The summary of the runs in `folder`, written to `out` with the plots. ValueError if there is no run."""
     results = read_results(folder)
     if not results:
         raise ValueError(f"{folder}: expected results of runs, found none")
     arms = by_arm(results, load_arms())
     parts = [_heading(results), _table(arms, results[0]["baseline"]), _differences(arms)]
     summary = "\n\n".join(parts) + "\n"
-    (folder / "summary.md").write_text(summary, encoding="utf-8")
-    _plot_quality(folder / "quality.png", arms, results[0]["baseline"])
-    _plot_levels(folder / "levels.png", arms)
-    _plot_samples(folder / "samples.png", arms)
+    (out / "summary.md").write_text(summary, encoding="utf-8")
+    _plot_quality(out / "quality.png", arms, results[0]["baseline"])
+    _plot_levels(out / "levels.png", arms)
+    _plot_samples(out / "samples.png", arms)
     return summary
 
 
@@ -56,7 +56,7 @@ def _heading(results: Sequence[Result]) -> str:
     seeds = sorted({run["seed"] for run in results})
     return (
         f"{results[0]['parameters']:,} parameters, {config['steps']} steps of {config['batch_size']} images, "
-        f"{config['sample_seeds']} x 1438 samples a run, training seeds {seeds[0]} to {seeds[-1]}; "
+        f"{config['sample_seeds']} sample seeds a run, each as many images as the training split; training seeds {seeds[0]} to {seeds[-1]}; "
         f"{environment['gpu'] or 'CPU'}, torch {environment['torch']}. +- is a 95 % interval over training seeds."
     )
 

@@ -88,4 +88,4 @@ def add_wave_flags(parser: argparse.ArgumentParser, arms: Iterable[str], out: Pa
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds (default: 0 1 2)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, default=0, help="stop after so long; 0: never (default)")
-    parser.add_argument("--report", action="store_true", help="train nothing: tables and plots of what is in --out")
+    parser.add_argument("--report", action="store_true", help="train nothing: table and plots of the results in git")

@@ -2,7 +2,7 @@
 
     python -m experiments.sharpness --device cuda --seeds 0 1 2 3         all tasks and arms, minutes on a large GPU
     python -m experiments.sharpness --tasks recall --longest 1024 --vocabulary 1024 --dim 64 --heads 1
-    python -m experiments.sharpness --report --out experiments/sharpness/results
+    python -m experiments.sharpness --report             table and plots of the results in git
 
 Runs whose results are in --out are not repeated.
 """
@@ -25,12 +25,14 @@ from .report import write_report
 from .run import run_missing
 from .tasks import TASKS
 
+RESULTS = Path(__file__).with_name("results")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.report:
-        print(write_report(options.out))
+        print(write_report(RESULTS, RESULTS.parent))
         return 0
     with usage_errors(parser):
         config = SharpnessConfig(**{spec.name: getattr(options, spec.name) for spec in fields(SharpnessConfig)})
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not run_missing(config, options.tasks, arms, options.seeds, options.device, options.out, stop, progress):
             print(f"Stopped. Finished runs are in {options.out}; the same command goes on with the others.")
             return INTERRUPTED
-    print(write_report(options.out))
+    print(write_report(options.out, options.out))
     return 0
 
 

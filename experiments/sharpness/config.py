@@ -50,6 +50,7 @@ class SharpnessConfig:
         return asdict(self)
 
 
-def load_arms(path: Path = ARMS_FILE) -> dict[str, AttentionArm]:
-    """Each table of the file is an arm: its name and the fields of AttentionArm that it sets."""
-    return {name: AttentionArm(**fields) for name, fields in tomllib.loads(path.read_text("utf-8")).items()}
+def load_arms() -> dict[str, AttentionArm]:
+    """Each table of arms.toml: an arm's name and the fields of AttentionArm that it sets."""
+    arms = tomllib.loads(ARMS_FILE.read_text("utf-8"))["arms"]
+    return {name: AttentionArm(**fields) for name, fields in arms.items()}
