@@ -32,11 +32,11 @@ def test_finds_a_missing(omission, tmp_path, tools_with_binding, serve_on_the_cp
     assert found, f"the kernel has no line {text!r} any more"
     serve_on_the_cpu(lambda variant, *_: launchers.exported(library, variant.name), "sm90")
     inputs = make_inputs((1,), 2, dtype=torch.bfloat16, nq=270, nk=400, d=64)
-    exact = plain_cosine_sim_attention(**inputs.to(torch.float64).arguments())
+    exact, _ = plain_cosine_sim_attention(**inputs.to(torch.float64).arguments(), return_lse=True)
 
     def wrong() -> bool:
         try:
-            out = flash_cosine_sim_attention(**inputs.arguments(), backend="sm90")
+            out, _ = flash_cosine_sim_attention(**inputs.arguments(), return_lse=True, backend="sm90")
         except RuntimeError as error:
             return "CUDA error" in str(error)
         return not float((out - exact).abs().max()) < 0.1  # NaN is wrong, too

@@ -19,6 +19,7 @@ from flash_cosine_sim_attention.variants import Variant
 HERE = Path(__file__).parent
 REPLACED = {"sm80/ptx.cuh": "sm80_ptx.cuh", "sm90/ptx.cuh": "sm90_ptx.cuh", "sm90/wgmma.cuh": "sm90_wgmma.cuh"}
 """The instructions of csrc -> their definitions here."""
+ALIGNMENT = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # as strict as a GPU
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;]*>)?)\s*<<<([^,]+),\s*([^,]+),\s*([^,]+),\s*([^>]+?)>>>\((.*?)\);", re.DOTALL)
 
 
@@ -76,7 +77,7 @@ def build(
     stubs = [folder / f"{name}.cpp" for name in texts]
     for stub in stubs:
         stub.write_text(texts[stub.stem])
-    objects = [*emulator_objects(tools), *compile_all(folder, stubs, tools, f"-I{sources}")]
+    objects = [*emulator_objects(tools), *compile_all(folder, stubs, tools, f"-I{sources}", *ALIGNMENT)]
     library = folder / "emulated.so"
     subprocess.run([tools.cxx, "-shared", *objects, "-o", library], check=True)
     return library

@@ -1,7 +1,10 @@
 #include "emulator.h"
 
+#include <signal.h>
+
 #include <cstdio>
 #include <map>
+#include <utility>
 
 #include "hopper.h"
 
@@ -108,6 +111,33 @@ void run_block() {
   }
 }
 
+void access_failed(int) { fail("a misaligned or wild access to memory"); }
+
+// While kernels run: their bad accesses fail the launch instead of ending the process. On a stack of its own.
+class AccessGuard {
+ public:
+  AccessGuard() : stack_(new char[kStackBytes]) {
+    stack_t stack{};
+    stack.ss_sp = stack_.get();
+    stack.ss_size = kStackBytes;
+    sigaltstack(&stack, &old_stack_);
+    struct sigaction action{};
+    action.sa_handler = access_failed;
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &action, &old_[i]);
+  }
+  ~AccessGuard() {
+    for (int i = 0; i < 3; ++i) sigaction(kSignals[i], &old_[i], nullptr);
+    sigaltstack(&old_stack_, nullptr);
+  }
+
+ private:
+  static constexpr int kSignals[3] = {SIGSEGV, SIGBUS, SIGILL};  // the last from -fsanitize=alignment
+  std::unique_ptr<char[]> stack_;
+  stack_t old_stack_;
+  struct sigaction old_[3];
+};
+
 std::string barrier_of_the_block(uint64_t) { return "__syncthreads"; }
 std::string other_lanes(uint64_t) { return "the other lanes of the warp"; }
 
@@ -186,6 +216,7 @@ void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<v
     if (!f.stack) f.stack.reset(new char[kStackBytes]);
   }
   failed = false;
+  const AccessGuard guard;
   for (unsigned b = 0; b < grid.x * grid.y * grid.z && !failed; ++b) {
     block = uint3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     copies_are_late = chance(0.5);
@@ -196,6 +227,8 @@ void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<v
     finish_copies();
   }
 }
+
+cudaError_t take_error() { return std::exchange(last_error, cudaSuccess); }
 
 }  // namespace emulator
 
@@ -218,9 +251,5 @@ cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t)
   std::memset(target, value, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = emulator::last_error;
-  emulator::last_error = cudaSuccess;
-  return error;
-}
+cudaError_t cudaGetLastError() { return emulator::take_error(); }
 }

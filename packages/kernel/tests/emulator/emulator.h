@@ -84,6 +84,7 @@ Words* exchange(const uint32_t* mine, int count);
 void load_matrices(uint32_t (&words)[4], uint32_t address, bool transposed);
 void store_matrices(uint32_t address, const uint32_t (&words)[4], bool transposed);
 void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<void()>& kernel);
+cudaError_t take_error();
 
 inline uint3 thread_index() { return uint3{static_cast<unsigned>(current), 0, 0}; }
 inline int lane() { return current % kWarp; }
@@ -199,5 +200,5 @@ cudaError_t emulated_attribute(Function, cudaFuncAttribute, int) {
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... arguments) {
   emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
-  return cudaSuccess;  // the error stays for cudaGetLastError
+  return emulator::take_error();
 }
