@@ -56,7 +56,7 @@ def _heading(results: Sequence[Result]) -> str:
     seeds = sorted({run["seed"] for run in results})
     return (
         f"{results[0]['parameters']:,} parameters, {config['steps']} steps of {config['batch_size']} images, "
-        f"{config['sample_seeds']} sample seeds a run, each as many images as the training split; training seeds {seeds[0]} to {seeds[-1]}; "
+        f"{config['sample_seeds']} sample seeds a run; training seeds {seeds[0]} to {seeds[-1]}; "
         f"{environment['gpu'] or 'CPU'}, torch {environment['torch']}. +- is a 95 % interval over training seeds."
     )
 
