@@ -73,7 +73,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     first, second = one.T.cov(), other.T.cov()
     root = _root(first)
     cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()  # trace of (C1 C2)^(1/2)
-    return float(difference.square().sum() + first.trace() + second.trace() - 2 * cross)
+    return max(0.0, float(difference.square().sum() + first.trace() + second.trace() - 2 * cross))
 
 
 def _root(matrix: Tensor) -> Tensor:

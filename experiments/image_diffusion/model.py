@@ -24,7 +24,7 @@ MLP_RATIO = 4
 def dit_inits(config: ImageConfig, arm: AttentionArm) -> dict[str, Init]:
     """Every arm draws the same first weights: a learned scale draws none and comes last."""
     d = config.dim
-    inits = {"pixel": Init((1, d), 1.0), "pixel_bias": Init((d,)), "class": Init((CLASSES, d), 0.02)}
+    inits = {"pixel": Init((d,), 1.0), "pixel_bias": Init((d,)), "class": Init((CLASSES, d), 0.02)}
     inits |= {"level1": matrix(LEVEL_FEATURES, d), "level1_bias": Init((d,))}
     inits |= {"level2": matrix(d, d), "level2_bias": Init((d,))}
     for layer in range(config.depth):
@@ -63,8 +63,8 @@ class DiT:
     def __call__(self, weights: Weights, images: Tensor, levels: Tensor, labels: Tensor) -> Tensor:
         """images (s, b, 64), levels (s, b) int64, labels (s, b) int64 -> the noise in the images (s, b, 64) float32."""
         condition = self._condition(weights, levels, labels)  # (s, b, d)
-        pixels = linear(images[..., None], weights["pixel"], weights["pixel_bias"])
-        x = pixels.float() + self._positions  # (s, b, 64, d): the residual stream is float32
+        pixels = images[..., None] * weights["pixel"][:, None, None] + weights["pixel_bias"][:, None, None]
+        x = pixels + self._positions  # (s, b, 64, d) float32, so that little noise is not lost in the pixels' rounding
         for layer in range(self.config.depth):
             x = self._block(weights, str(layer), x, condition)
         shift, scale = _modulation(weights, "last_condition", condition, 2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import require_device
+from .cuda_graph import GraphedCall
 from .ensemble import Members, Weights, clip_per_member
 
 Batch = dict[str, Tensor]  # name -> (s, ...)
@@ -79,7 +80,7 @@ class Lane:
         self._loss_sum = torch.zeros(len(members.seeds), device=device)
         self._loss_steps = 0
         self._plain_steps = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph = GraphedCall()
         self.stream = torch.cuda.Stream(device) if flat.is_cuda else None
 
     def step(self) -> None:
@@ -87,11 +88,9 @@ class Lane:
         self._loss_steps += 1
         if self.stream is None:
             self._train()
-        elif self._graph is not None:
-            with torch.cuda.stream(self.stream):
-                self._graph.replay()
         else:
-            self._plain_or_capture()
+            with torch.cuda.stream(self.stream):
+                self._replay_or_capture()
 
     def weights(self) -> Weights:
         """What is evaluated: the average if one is kept, in the dtype of training."""
@@ -104,16 +103,14 @@ class Lane:
         self._loss_steps = 0
         return values
 
-    def _plain_or_capture(self) -> None:
-        assert self.stream is not None
-        with torch.cuda.stream(self.stream):
+    def _replay_or_capture(self) -> None:
+        if not self._graph.captured and self._plain_steps == PLAIN_STEPS:
+            self._graph.capture(self._train)
+        if self._graph.captured:
+            self._graph.replay()
+        else:
             self._train()
-        self._plain_steps += 1
-        if self._plain_steps == PLAIN_STEPS:
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self.stream):
-                self._train()
+            self._plain_steps += 1
 
     def _train(self) -> None:
         flat = self.members.flat
