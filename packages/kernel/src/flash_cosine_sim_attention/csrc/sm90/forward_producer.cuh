@@ -2,19 +2,9 @@
 #pragma once
 
 #include "forward_traits.cuh"
+#include "load_tile.cuh"
 
 namespace fcsa::sm90 {
-
-template <class Tile>
-__device__ __forceinline__ void load_tile(Tile& tile, const TensorMap& source, int first_row, int head, int b1, int b0,
-                                          uint64_t& barrier) {
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const int32_t coordinates[5] = {panel * Tile::kPanelCols, first_row, head * source.head_step, b1 * source.b1_step,
-                                    b0 * source.b0_step};
-    load_box(tile.data + panel * Tile::kPanelElements, source.map, coordinates, barrier);
-  }
-}
 
 // One warp. Its lanes write the norm factors of the keys; lane 0 issues the copies.
 //

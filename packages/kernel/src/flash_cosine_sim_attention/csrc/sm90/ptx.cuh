@@ -13,6 +13,13 @@ namespace ptx = cuda::ptx;
 
 // ---- mbarriers, in shared memory ----
 
+__device__ __forceinline__ void initialize(uint64_t& barrier, uint32_t arrivals) { ptx::mbarrier_init(&barrier, arrivals); }
+
+// After the initialisation, by the same thread; then a barrier of the block.
+__device__ __forceinline__ void fence_barrier_initialization() {
+  ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+}
+
 // Waits for the end of the barrier's phase of this parity.
 __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
   while (!ptx::mbarrier_try_wait_parity(&barrier, phase)) {

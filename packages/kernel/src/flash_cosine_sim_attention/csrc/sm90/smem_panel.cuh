@@ -21,27 +21,30 @@ struct PanelTile {
 
   // wgmma operand stored [row][k]: 64 or more rows from `row`, 16 columns from `col`.
   __device__ uint64_t descriptor(int row, int col) const {
-    const Element* start = data + col / kPanelCols * kPanelElements + row * kPanelCols + col % kPanelCols;
-    return make_descriptor(start, 1);
+    return make_descriptor(1) + (col / kPanelCols * kPanelElements + row * kPanelCols + col % kPanelCols) / 8;
   }
 
   // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`, the first of a panel; panels lie kPanelElements
   // apart.
   __device__ uint64_t descriptor_transposed(int row, int col = 0) const {
-    return make_descriptor(data + col / kPanelCols * kPanelElements + row * kPanelCols, kPanelElements * 2 / 16);
+    return make_descriptor(kPanelElements * 2 / 16) + (col / kPanelCols * kPanelElements + row * kPanelCols) / 8;
   }
 
   // Where the eight columns from `col` (a multiple of 8) of `row` lie.
-  __device__ const Element* chunk(int row, int col) const {
-    const int panel = col / kPanelCols, in_panel = col % kPanelCols / 8;
-    return data + panel * kPanelElements + row * kPanelCols + (in_panel ^ (row & 7)) * 8;
-  }
+  __device__ const Element* chunk(int row, int col) const { return data + chunk_offset(row, col); }
+  __device__ Element* chunk(int row, int col) { return data + chunk_offset(row, col); }
 
  private:
-  // Matrix descriptor of wgmma, in units of 16 bytes: start address; leading byte offset, the stride between panels of a
-  // transposed operand; stride byte offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle.
-  __device__ static uint64_t make_descriptor(const Element* start, uint64_t leading) {
-    const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(start)) >> 4;
+  __device__ static int chunk_offset(int row, int col) {
+    const int panel = col / kPanelCols, in_panel = col % kPanelCols / 8;
+    return panel * kPanelElements + row * kPanelCols + (in_panel ^ (row & 7)) * 8;
+  }
+
+  // Matrix descriptor of wgmma, in units of 16 bytes: start address, to which an offset within the tile is simply added (a
+  // constant more costs no register then); leading byte offset, the stride between panels of a transposed operand; stride byte
+  // offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle.
+  __device__ uint64_t make_descriptor(uint64_t leading) const {
+    const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(data)) >> 4;
     constexpr uint64_t kEightRows = 8 * 128 / 16;
     return address | leading << 16 | kEightRows << 32 | uint64_t{1} << 62;
   }

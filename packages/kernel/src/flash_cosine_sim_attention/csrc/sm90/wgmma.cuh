@@ -32,6 +32,13 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Keeps operands that asynchronous instructions read from registers there until here.
+template <int kSteps>
+__device__ __forceinline__ void wgmma_keep(const uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]) : "memory");
+}
+
 // clang-format off
 #define FCSA_F8(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define FCSA_F16(c, d, i) FCSA_F8(c, d, i), FCSA_F8(c, d, i + 8)

@@ -1,0 +1,266 @@
+// The Hopper backward: dk and dv of a block of keys in registers, dq by bulk additions to a float accumulator.
+//
+//   S^T (keys x queries) = K Q^T          P^T  = exp2(S^T factors + shift)
+//   dP^T                 = V dO^T         dS'^T = P^T (dP^T gradient + offset) k_factor
+//   dV += P^T dO          dK += dS'^T Q          dQ (queries x d) = dS' K, dS' through shared memory
+//
+// Two consumer warpgroups own 64 keys each. P^T and dS'^T go from accumulators to operands in registers; for dQ, which
+// needs the keys of both, dS' is exchanged through shared memory, and each warpgroup makes a part of dQ. While one group of
+// products runs the warpgroup works on the scores of another: drawn in docs/kernels.md.
+#pragma once
+
+#include "backward_epilogue.cuh"
+#include "backward_producer.cuh"
+#include "backward_products.cuh"
+
+namespace fcsa::sm90 {
+
+template <class Traits>
+struct BackwardState {
+  float dk[Traits::kHeadDim / 2], dv[Traits::kHeadDim / 2];
+  Square s;  // of the square that comes next: its product is done
+  RingPosition<Traits::kStages> ring;
+  uint32_t dq_phase = 1;
+};
+
+// The tiles, by an address that seems to depend on the step: or the compiler computes the descriptors of all products before
+// the loop, three dozen of them, and spills.
+template <class Traits>
+__device__ __forceinline__ typename BackwardStorage<Traits>::Loop& tiles_of_step(BackwardStorage<Traits>& smem, int stage) {
+  int nothing;
+  asm volatile("shr.s32 %0, %1, 8;" : "=r"(nothing) : "r"(stage));
+  return *reinterpret_cast<typename BackwardStorage<Traits>::Loop*>(reinterpret_cast<char*>(&smem.loop) + nothing);
+}
+
+constexpr int kExchangeBarrier = 1;  // dS' of both warpgroups is in shared memory
+
+// dS' is there, of this warpgroup. Returns when it is of both.
+template <class Traits>
+__device__ __forceinline__ void exchange_scores() {
+  fence_async_shared();
+  named_barrier_sync(kExchangeBarrier, Traits::kConsumerThreads);
+}
+
+// Hands this warpgroup's part of dq to the warp that adds it to device memory.
+template <class Traits>
+__device__ __forceinline__ void hand_over_dq(const Square& dq, const KeyThread<Traits>& thread,
+                                             BackwardStorage<Traits>& smem, uint32_t& phase) {
+  wait(smem.empty_dq[thread.warpgroup], phase);
+  phase ^= 1;
+  store_unit(smem.dq[thread.warpgroup], dq, thread.thread);
+  fence_async_shared();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(smem.full_dq[thread.warpgroup]);
+}
+
+// S of the first square of the step at `ring`. Of the step behind the last one too, on whatever lies there: a branch here
+// would serialise the products under way.
+template <class Traits>
+__device__ __forceinline__ void issue_first_scores(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
+                                                   const RingPosition<Traits::kStages>& ring, int warpgroup, bool exists) {
+  if (exists) wait(smem.full_q[ring.stage], ring.phase);
+  auto& loop = tiles_of_step(smem, ring.stage);
+  issue_scores<Traits>(state.s, loop.k, loop.q[ring.stage], warpgroup, 0);
+}
+
+// A step of one square (head dim 128). dS' of step t lies in buffer t % 2: whoever has passed the exchange of step t + 1
+// knows that both warpgroups are done with it.
+template <class Traits, bool kMasked, bool kWantsDq>
+__device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
+                                            const KeyThread<Traits>& thread, int query0, bool is_last) {
+  using Element = typename Traits::Element;
+  const bool releases = threadIdx.x % 32 == 0;
+  const int stage = state.ring.stage;
+  auto& loop = tiles_of_step(smem, stage);
+  const float4* rows = smem.query_rows[stage];
+  Square dp, dq;
+  SquareOperand p_operand, ds_operand;
+
+  wait(smem.full_dout[stage], state.ring.phase);
+  issue_scores<Traits>(dp, loop.v, loop.dout[stage], thread.warpgroup, 0);
+  probabilities<Traits, kMasked>(state.s, thread, rows, query0);
+  pack_square<Element>(p_operand, state.s);
+  wgmma_wait<0>();
+  wgmma_pin(dp);
+  issue_gradient<Traits>(state.dv, p_operand, loop.dout[stage], 0);
+  differentiate<Traits>(dp, p_operand, thread, rows);
+  pack_square<Element>(ds_operand, dp);
+
+  state.ring.advance();
+  issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
+  if constexpr (kWantsDq) {
+    store_square<Traits>(loop.ds[stage][0], ds_operand);
+    exchange_scores<Traits>();
+  }
+  wgmma_wait<1>();
+  wgmma_pin(state.dv);
+  wgmma_keep(p_operand);
+  if (releases) arrive(smem.empty_dout[stage]);
+  if constexpr (kWantsDq) issue_dq<Traits>(dq, loop.ds[stage][0], loop.k, thread.warpgroup * kSquare);
+  issue_gradient<Traits>(state.dk, ds_operand, loop.q[stage], 0);
+  wgmma_wait<1>();
+  wgmma_pin(state.s);
+  if constexpr (kWantsDq) {
+    wgmma_pin(dq);
+    hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+  }
+  wgmma_wait<0>();
+  wgmma_pin(state.dk);
+  wgmma_keep(ds_operand);
+  if (releases) arrive(smem.empty_q[stage]);
+}
+
+// A step of two squares (head dim 64): dQ of the first is made by warpgroup 0, of the second by warpgroup 1.
+template <class Traits, bool kMasked, bool kWantsDq>
+__device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
+                                            const KeyThread<Traits>& thread, int query0, bool is_last) {
+  using Element = typename Traits::Element;
+  const bool releases = threadIdx.x % 32 == 0;
+  const int stage = state.ring.stage;
+  auto& loop = tiles_of_step(smem, stage);
+  const float4* rows = smem.query_rows[stage];
+  Square s, dp[2], dq;
+  SquareOperand p_operand[2], ds_operand[2];
+
+  wait(smem.full_dout[stage], state.ring.phase);
+  issue_scores<Traits>(dp[0], loop.v, loop.dout[stage], thread.warpgroup, 0);
+  issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
+  probabilities<Traits, kMasked>(state.s, thread, rows, query0);
+  pack_square<Element>(p_operand[0], state.s);
+  wgmma_wait<1>();
+  wgmma_pin(dp[0]);
+  issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
+  issue_scores<Traits>(dp[1], loop.v, loop.dout[stage], thread.warpgroup, 1);
+  differentiate<Traits>(dp[0], p_operand[0], thread, rows);
+  pack_square<Element>(ds_operand[0], dp[0]);
+  if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
+  wgmma_wait<2>();
+  wgmma_pin(s);
+  issue_gradient<Traits>(state.dk, ds_operand[0], loop.q[stage], 0);
+  probabilities<Traits, kMasked>(s, thread, rows + kSquare, query0 + kSquare);
+  pack_square<Element>(p_operand[1], s);
+  wgmma_wait<1>();
+  wgmma_pin(dp[1]);
+  wgmma_pin(state.dv);
+  wgmma_keep(p_operand[0]);
+  issue_gradient<Traits>(state.dv, p_operand[1], loop.dout[stage], 1);
+  differentiate<Traits>(dp[1], p_operand[1], thread, rows + kSquare);
+  pack_square<Element>(ds_operand[1], dp[1]);
+
+  state.ring.advance();
+  issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
+  if constexpr (kWantsDq) {
+    store_square<Traits>(loop.ds[stage][1], ds_operand[1]);
+    exchange_scores<Traits>();
+  }
+  wgmma_wait<1>();
+  wgmma_pin(state.dk);
+  wgmma_pin(state.dv);
+  wgmma_keep(ds_operand[0]);
+  wgmma_keep(p_operand[1]);
+  if (releases) arrive(smem.empty_dout[stage]);
+  if constexpr (kWantsDq) issue_dq<Traits>(dq, loop.ds[stage][thread.warpgroup], loop.k, 0);
+  issue_gradient<Traits>(state.dk, ds_operand[1], loop.q[stage], 1);
+  wgmma_wait<1>();
+  wgmma_pin(state.s);
+  if constexpr (kWantsDq) {
+    wgmma_pin(dq);
+    hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+  }
+  wgmma_wait<0>();
+  wgmma_pin(state.dk);
+  wgmma_keep(ds_operand[1]);
+  if (releases) arrive(smem.empty_q[stage]);
+}
+
+template <class Traits, bool kMasked, bool kWantsDq>
+__device__ __forceinline__ void take_steps(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
+                                           const KeyThread<Traits>& thread, int first, int end, int last) {
+#pragma unroll 1
+  for (int step = first; step < end; ++step) {
+    if constexpr (Traits::kSquares == 1) {
+      step_of_one<Traits, kMasked, kWantsDq>(state, smem, thread, step * Traits::kBlockQ, step == last);
+    } else {
+      step_of_two<Traits, kMasked, kWantsDq>(state, smem, thread, step * Traits::kBlockQ, step == last);
+    }
+  }
+}
+
+// Zeros in the rows of keys that the mask hides: what they hold, NaN perhaps, would meet dS' = 0 in dQ.
+template <class Traits>
+__device__ __forceinline__ void clear_hidden_keys(BackwardStorage<Traits>& smem, const BackwardParams& p,
+                                                  const BlockOfKeys<Traits>& block) {
+  const uint8_t* mask = mask_row(p, block.index);
+  if (mask == nullptr) return;
+  constexpr int kChunks = Traits::kHeadDim / 8;
+  for (int i = threadIdx.x - 128; i < block.num_keys * kChunks; i += Traits::kConsumerThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    if (mask[(block.first_key + row) * p.mask_key] != 0) continue;
+    *reinterpret_cast<uint4*>(smem.loop.k.chunk(row, column)) = make_uint4(0, 0, 0, 0);
+    *reinterpret_cast<uint4*>(smem.loop.v.chunk(row, column)) = make_uint4(0, 0, 0, 0);
+  }
+  exchange_scores<Traits>();
+}
+
+template <class Traits, bool kWantsDq>
+__device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKeys<Traits>& block,
+                                        BackwardStorage<Traits>& smem) {
+  const KeyThread<Traits> thread(p, block);
+  BackwardState<Traits> state;
+#pragma unroll
+  for (int i = 0; i < Traits::kHeadDim / 2; ++i) state.dk[i] = state.dv[i] = 0.0f;
+  wait(smem.full_kv, 0);
+  if (block.first_step < block.end_step) {
+    clear_hidden_keys<Traits>(smem, p, block);
+    issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, true);
+    wgmma_wait<0>();
+    wgmma_pin(state.s);
+#pragma unroll 1
+    for (int head = 0; head < block.group; ++head) {
+      const int last = head + 1 == block.group ? block.end_step - 1 : -1;
+      take_steps<Traits, true, kWantsDq>(state, smem, thread, block.first_step, block.first_unmasked_step, last);
+      take_steps<Traits, false, kWantsDq>(state, smem, thread, block.first_unmasked_step, block.end_step, last);
+    }
+  }
+  write_gradients<Traits>(p, block, thread, smem.epilogue, state.dk, state.dv);
+}
+
+template <class Traits>
+__device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& smem) {
+  if (threadIdx.x == 0) {
+    initialize(smem.full_kv, 1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      initialize(smem.full_q[stage], 1);
+      initialize(smem.full_dout[stage], 1);
+      initialize(smem.empty_q[stage], Traits::kConsumerWarps);
+      initialize(smem.empty_dout[stage], Traits::kConsumerWarps);
+    }
+    for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+      initialize(smem.full_dq[warpgroup], 4);
+      initialize(smem.empty_dq[warpgroup], 1);
+    }
+    fence_barrier_initialization();
+  }
+  __syncthreads();
+}
+
+template <class Traits, bool kWantsDq>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& smem = *reinterpret_cast<BackwardStorage<Traits>*>(raw);
+  const BlockOfKeys<Traits> block(p, blockIdx.x);
+  initialize_barriers<Traits>(smem);
+  if (threadIdx.x < 128) {
+    shrink_registers<Traits::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Traits>(p, maps, block, smem);
+    if (kWantsDq && threadIdx.x % 32 == 0 && threadIdx.x / 32 >= 1 && threadIdx.x / 32 <= Traits::kConsumerWarpgroups) {
+      add_dq<Traits>(p, block, smem, threadIdx.x / 32 - 1);
+    }
+  } else {
+    grow_registers<Traits::kConsumerRegisters>();
+    consume<Traits, kWantsDq>(p, block, smem);
+  }
+}
+
+}  // namespace fcsa::sm90

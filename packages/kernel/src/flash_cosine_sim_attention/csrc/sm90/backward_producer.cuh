@@ -1,0 +1,56 @@
+// The warps of the Hopper backward that move data: one feeds TMA, one for each consumer warpgroup adds its dq to device memory.
+#pragma once
+
+#include "backward_dq.cuh"
+#include "backward_traits.cuh"
+#include "load_tile.cuh"
+
+namespace fcsa::sm90 {
+
+// One thread.
+template <class Traits>
+__device__ __forceinline__ void produce(const BackwardParams& p, const BackwardMaps& maps,
+                                        const BlockOfKeys<Traits>& block, BackwardStorage<Traits>& smem) {
+  const TileIndex& kv = block.index;
+  arrive_and_expect(smem.full_kv, 2 * Traits::KeyTile::kBytes);
+  load_tile(smem.loop.k, maps.k, block.first_key, kv.head, kv.b1, kv.b0, smem.full_kv);
+  load_tile(smem.loop.v, maps.v, block.first_key, kv.head, kv.b1, kv.b0, smem.full_kv);
+  RingPosition<Traits::kStages> ring;
+  for (int i = 0; i < block.group; ++i) {
+    const TileIndex head = block.query_head(i);
+    const float4* query_rows = p.query_rows + head.first_row(p.b1, p.heads, padded_queries(p.num_queries));
+    for (int step = block.first_step; step < block.end_step; ++step) {
+      const int query = step * Traits::kBlockQ, stage = ring.stage;
+      wait(smem.empty_q[stage], ring.phase ^ 1);
+      arrive_and_expect(smem.full_q[stage], Traits::QueryTile::kBytes);
+      load_tile(smem.loop.q[stage], maps.q, query, head.head, head.b1, head.b0, smem.full_q[stage]);
+      wait(smem.empty_dout[stage], ring.phase ^ 1);
+      arrive_and_expect(smem.full_dout[stage], Traits::QueryTile::kBytes + sizeof(smem.query_rows[stage]));
+      load_tile(smem.loop.dout[stage], maps.dout, query, head.head, head.b1, head.b0, smem.full_dout[stage]);
+      bulk_load(smem.query_rows[stage], query_rows + query, sizeof(smem.query_rows[stage]), smem.full_dout[stage]);
+      ring.advance();
+    }
+  }
+}
+
+// One thread for each consumer warpgroup.
+template <class Traits>
+__device__ __forceinline__ void add_dq(const BackwardParams& p, const BlockOfKeys<Traits>& block,
+                                       BackwardStorage<Traits>& smem, int warpgroup) {
+  uint32_t phase = 0;
+  for (int i = 0; i < block.group; ++i) {
+    const TileIndex head = block.query_head(i);
+    for (int step = block.first_step; step < block.end_step; ++step) {
+      float* units = dq_units<Traits>(p, head, step * Traits::kBlockQ);
+      wait(smem.full_dq[warpgroup], phase);
+      phase ^= 1;
+      bulk_reduce_add_f32(units + warpgroup * kUnitFloats, smem.dq[warpgroup], sizeof(smem.dq[warpgroup]));
+      bulk_commit();
+      bulk_wait_read<0>();
+      arrive(smem.empty_dq[warpgroup]);
+    }
+  }
+  bulk_wait<0>();
+}
+
+}  // namespace fcsa::sm90

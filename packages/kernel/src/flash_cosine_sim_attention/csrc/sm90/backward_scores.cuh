@@ -1,0 +1,100 @@
+// Squares of transposed scores in registers: S -> P -> dS', and on to the operands of the next products.
+#pragma once
+
+#include "../common/vectorized.cuh"
+#include "backward_traits.cuh"
+#include "ptx.cuh"
+
+namespace fcsa::sm90 {
+
+// What a consumer thread is: two keys (`row` and row + 8 of the block) and, of every eight queries, two.
+template <class Traits>
+struct KeyThread {
+  int thread;      // within the warpgroup
+  int warpgroup;   // owns keys 64 * warpgroup ...
+  int row, column; // its first key in the block, its first query in every eight
+  float factor[2]; // k_rnorm where the norm is folded; 0 for keys that are not there: so is then their dS'
+  int first_query[2];  // the first query that sees the key: causal
+
+  __device__ __forceinline__ KeyThread(const BackwardParams& p, const BlockOfKeys<Traits>& block) {
+    const int index = threadIdx.x - 128, lane = threadIdx.x % 32;
+    thread = index % 128;
+    warpgroup = __shfl_sync(0xffffffffu, index / 128, 0);  // known to be the same in all lanes: a uniform register
+    row = index / 32 * 16 + lane / 4;
+    column = lane % 4 * 2;
+    const uint8_t* mask = mask_row(p, block.index);
+    const int64_t row0 = block.index.first_row(p.b1, p.kv_heads, p.num_keys) + block.first_key;
+    const bool folded = norm_is_folded<Traits>(p);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = row + 8 * half;
+      bool visible = key < block.num_keys;
+      if (visible && mask != nullptr) visible = mask[(block.first_key + key) * p.mask_key] != 0;
+      factor[half] = !visible ? 0.0f : folded ? folded_factor<Traits>(p.k_rnorm[row0 + key]) : 1.0f;
+      first_query[half] = p.causal ? block.first_key + key - (p.num_keys - p.num_queries) : 0;
+    }
+  }
+};
+
+using Square = float[kSquare / 2];              // accumulators of 64 keys x 64 queries
+using SquareOperand = uint32_t[kSquare / 16][4];  // the same, rounded, as A operands of the k16 steps over the queries
+
+// S -> P. rows: of the square's queries (common/backward_preprocess.cuh); query0: the first of them.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void probabilities(Square& s, const KeyThread<Traits>& thread, const float4* rows, int query0) {
+  const int limit[2] = {thread.first_query[0] - query0, thread.first_query[1] - query0};
+#pragma unroll
+  for (int i = 0; i < kSquare / 8; ++i) {
+    const float4 row = rows[i * 8 + thread.column];  // score, score, shift, shift of two queries
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& first = s[i * 4 + half * 2];
+      float& second = s[i * 4 + half * 2 + 1];
+      first = exp2_approx(fmaf(first * thread.factor[half], row.x, row.z));
+      second = exp2_approx(fmaf(second * thread.factor[half], row.y, row.w));
+      if constexpr (kMasked) {  // selects, no branches: those would serialise the products under way
+        first = i * 8 + thread.column >= limit[half] ? first : 0.0f;
+        second = i * 8 + thread.column + 1 >= limit[half] ? second : 0.0f;
+      }
+    }
+  }
+}
+
+// dP -> dS' = P (dP gradient + offset) k_factor, from P as it was rounded for dV.
+template <class Traits>
+__device__ __forceinline__ void differentiate(Square& dp, const SquareOperand& p, const KeyThread<Traits>& thread,
+                                              const float4* rows) {
+#pragma unroll
+  for (int i = 0; i < kSquare / 8; ++i) {
+    const float4 row = rows[i * 8 + thread.column + 1];  // gradient, gradient, offset, offset
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = i * 4 + half * 2;
+      const float2 pair = unpack<typename Traits::Element>(p[i / 2][i % 2 * 2 + half]);
+      dp[at] = pair.x * fmaf(dp[at], row.x, row.z) * thread.factor[half];
+      dp[at + 1] = pair.y * fmaf(dp[at + 1], row.y, row.w) * thread.factor[half];
+    }
+  }
+}
+
+template <class Element>
+__device__ __forceinline__ void pack_square(SquareOperand& operand, const Square& x) {
+#pragma unroll
+  for (int step = 0; step < kSquare / 16; ++step) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) operand[step][r] = pack<Element>(x[step * 8 + r * 2], x[step * 8 + r * 2 + 1]);
+  }
+}
+
+// A warp's sixteen keys of dS' into the tile that dq is made from.
+template <class Traits>
+__device__ __forceinline__ void store_square(typename Traits::ScoreTile& tile, const SquareOperand& ds) {
+  const int warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
+  const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < kSquare / 16; ++step) {
+    store_matrix_x4(tile.chunk(row, step * 16 + lane / 16 * 8), ds[step]);
+  }
+}
+
+}  // namespace fcsa::sm90
