@@ -23,15 +23,6 @@ struct BackwardState {
   uint32_t dq_phase = 1;
 };
 
-// The tiles, by an address that seems to depend on the step: or the compiler computes the descriptors of all products before
-// the loop, three dozen of them, and spills.
-template <class Traits>
-__device__ __forceinline__ typename BackwardStorage<Traits>::Loop& tiles_of_step(BackwardStorage<Traits>& smem, int stage) {
-  int nothing;
-  asm volatile("shr.s32 %0, %1, 8;" : "=r"(nothing) : "r"(stage));
-  return *reinterpret_cast<typename BackwardStorage<Traits>::Loop*>(reinterpret_cast<char*>(&smem.loop) + nothing);
-}
-
 constexpr int kExchangeBarrier = 1;  // dS' of both warpgroups is in shared memory
 
 // dS' is there, of this warpgroup. Returns when it is of both.
@@ -59,7 +50,7 @@ template <class Traits>
 __device__ __forceinline__ void issue_first_scores(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                                    const RingPosition<Traits::kStages>& ring, int warpgroup, bool exists) {
   if (exists) wait(smem.full_q[ring.stage], ring.phase);
-  auto& loop = tiles_of_step(smem, ring.stage);
+  auto& loop = smem.loop;
   issue_scores<Traits>(state.s, loop.k, loop.q[ring.stage], warpgroup, 0);
 }
 
@@ -71,33 +62,33 @@ __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, Backwa
   using Element = typename Traits::Element;
   const bool releases = threadIdx.x % 32 == 0;
   const int stage = state.ring.stage;
-  auto& loop = tiles_of_step(smem, stage);
+  auto& loop = smem.loop;
   const float4* rows = smem.query_rows[stage];
   Square dp, dq;
-  SquareOperand p_operand, ds_operand;
+  SquareOperand operand;  // of P, then of dS': registers are short
 
   wait(smem.full_dout[stage], state.ring.phase);
   issue_scores<Traits>(dp, loop.v, loop.dout[stage], thread.warpgroup, 0);
   probabilities<Traits, kMasked>(state.s, thread, rows, query0);
-  pack_square<Element>(p_operand, state.s);
+  pack_square<Element>(operand, state.s);
   wgmma_wait<0>();
   wgmma_pin(dp);
-  issue_gradient<Traits>(state.dv, p_operand, loop.dout[stage], 0);
-  differentiate<Traits>(dp, p_operand, thread, rows);
-  pack_square<Element>(ds_operand, dp);
+  issue_gradient<Traits>(state.dv, operand, loop.dout[stage], 0);
+  differentiate<Traits>(dp, state.s, thread, rows);
+  wgmma_wait<0>();
+  wgmma_pin(state.dv);
+  wgmma_keep(operand);
+  if (releases) arrive(smem.empty_dout[stage]);
+  pack_square<Element>(operand, dp);
 
   state.ring.advance();
   issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
   if constexpr (kWantsDq) {
-    store_square<Traits>(loop.ds[stage][0], ds_operand);
+    store_square<Traits>(loop.ds[stage][0], operand);
     exchange_scores<Traits>();
+    issue_dq<Traits>(dq, loop.ds[stage][0], loop.k, thread.warpgroup * kSquare);
   }
-  wgmma_wait<1>();
-  wgmma_pin(state.dv);
-  wgmma_keep(p_operand);
-  if (releases) arrive(smem.empty_dout[stage]);
-  if constexpr (kWantsDq) issue_dq<Traits>(dq, loop.ds[stage][0], loop.k, thread.warpgroup * kSquare);
-  issue_gradient<Traits>(state.dk, ds_operand, loop.q[stage], 0);
+  issue_gradient<Traits>(state.dk, operand, loop.q[stage], 0);
   wgmma_wait<1>();
   wgmma_pin(state.s);
   if constexpr (kWantsDq) {
@@ -106,7 +97,7 @@ __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, Backwa
   }
   wgmma_wait<0>();
   wgmma_pin(state.dk);
-  wgmma_keep(ds_operand);
+  wgmma_keep(operand);
   if (releases) arrive(smem.empty_q[stage]);
 }
 
@@ -117,7 +108,7 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   using Element = typename Traits::Element;
   const bool releases = threadIdx.x % 32 == 0;
   const int stage = state.ring.stage;
-  auto& loop = tiles_of_step(smem, stage);
+  auto& loop = smem.loop;
   const float4* rows = smem.query_rows[stage];
   Square s, dp[2], dq;
   SquareOperand p_operand[2], ds_operand[2];
@@ -131,7 +122,7 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   wgmma_pin(dp[0]);
   issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
   issue_scores<Traits>(dp[1], loop.v, loop.dout[stage], thread.warpgroup, 1);
-  differentiate<Traits>(dp[0], p_operand[0], thread, rows);
+  differentiate<Traits>(dp[0], state.s, thread, rows);
   pack_square<Element>(ds_operand[0], dp[0]);
   if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
   wgmma_wait<2>();
@@ -144,7 +135,7 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   wgmma_pin(state.dv);
   wgmma_keep(p_operand[0]);
   issue_gradient<Traits>(state.dv, p_operand[1], loop.dout[stage], 1);
-  differentiate<Traits>(dp[1], p_operand[1], thread, rows + kSquare);
+  differentiate<Traits>(dp[1], s, thread, rows + kSquare);
   pack_square<Element>(ds_operand[1], dp[1]);
 
   state.ring.advance();

@@ -60,9 +60,9 @@ __device__ __forceinline__ void probabilities(Square& s, const KeyThread<Traits>
   }
 }
 
-// dP -> dS' = P (dP gradient + offset) k_factor, from P as it was rounded for dV.
+// dP -> dS' = P (dP gradient + offset) k_factor.
 template <class Traits>
-__device__ __forceinline__ void differentiate(Square& dp, const SquareOperand& p, const KeyThread<Traits>& thread,
+__device__ __forceinline__ void differentiate(Square& dp, const Square& p, const KeyThread<Traits>& thread,
                                               const float4* rows) {
 #pragma unroll
   for (int i = 0; i < kSquare / 8; ++i) {
@@ -70,9 +70,8 @@ __device__ __forceinline__ void differentiate(Square& dp, const SquareOperand& p
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = i * 4 + half * 2;
-      const float2 pair = unpack<typename Traits::Element>(p[i / 2][i % 2 * 2 + half]);
-      dp[at] = pair.x * fmaf(dp[at], row.x, row.z) * thread.factor[half];
-      dp[at + 1] = pair.y * fmaf(dp[at + 1], row.y, row.w) * thread.factor[half];
+      dp[at] = p[at] * fmaf(dp[at], row.x, row.z) * thread.factor[half];
+      dp[at + 1] = p[at + 1] * fmaf(dp[at + 1], row.y, row.w) * thread.factor[half];
     }
   }
 }
@@ -90,10 +89,10 @@ __device__ __forceinline__ void pack_square(SquareOperand& operand, const Square
 template <class Traits>
 __device__ __forceinline__ void store_square(typename Traits::ScoreTile& tile, const SquareOperand& ds) {
   const int warp = (threadIdx.x - 128) / 32, lane = threadIdx.x % 32;
-  const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  const auto first = reinterpret_cast<uintptr_t>(tile.chunk(warp * 16 + lane % 16, lane / 16 * 8));
 #pragma unroll
-  for (int step = 0; step < kSquare / 16; ++step) {
-    store_matrix_x4(tile.chunk(row, step * 16 + lane / 16 * 8), ds[step]);
+  for (int step = 0; step < kSquare / 16; ++step) {  // chunks of a row are permuted by XOR: so are the steps to them
+    store_matrix_x4(reinterpret_cast<void*>(first ^ step * 32), ds[step]);
   }
 }
 

@@ -21,14 +21,21 @@ struct PanelTile {
 
   // wgmma operand stored [row][k]: 64 or more rows from `row`, 16 columns from `col`.
   __device__ uint64_t descriptor(int row, int col) const {
-    return make_descriptor(1) + (col / kPanelCols * kPanelElements + row * kPanelCols + col % kPanelCols) / 8;
+    return make_descriptor(1) + row * kPanelCols / 8 + column_step(col);
+  }
+
+  // The same without `col`, which column_step is to be added for.
+  __device__ uint64_t descriptor_of_rows(int row) const { return make_descriptor(1) + row * kPanelCols / 8; }
+  __host__ __device__ static constexpr uint64_t column_step(int col) {
+    return (col / kPanelCols * kPanelElements + col % kPanelCols) / 8;
   }
 
   // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`, the first of a panel; panels lie kPanelElements
   // apart.
   __device__ uint64_t descriptor_transposed(int row, int col = 0) const {
-    return make_descriptor(kPanelElements * 2 / 16) + (col / kPanelCols * kPanelElements + row * kPanelCols) / 8;
+    return make_descriptor(kPanelElements * 2 / 16) + col / kPanelCols * kPanelElements / 8 + row * kPanelCols / 8;
   }
+  __host__ __device__ static constexpr uint64_t row_step(int row) { return row * kPanelCols / 8; }
 
   // Where the eight columns from `col` (a multiple of 8) of `row` lie.
   __device__ const Element* chunk(int row, int col) const { return data + chunk_offset(row, col); }
