@@ -10,7 +10,7 @@ import torch
 from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
 from flash_cosine_sim_attention.accuracy import assert_within_budget
 from flash_cosine_sim_attention.reference import plain_cosine_sim_attention
-from flash_cosine_sim_attention.testing import eager_cosine_sim_attention, make_inputs
+from flash_cosine_sim_attention.testing import assert_close_to_reference, eager_cosine_sim_attention, make_inputs
 from flash_cosine_sim_attention.variants import Variant, variant_for
 
 from .emulator.build import build
@@ -53,3 +53,23 @@ def test_forward(dtype, d, options):
     baseline = eager_cosine_sim_attention(**inputs.arguments(), return_lse=True)
     for name, *three in zip(("out", "lse"), actual, exact, baseline, strict=True):
         assert_within_budget(name, *three)
+
+
+BACKWARD = [("bfloat16", 64), ("float16", 128)]
+EMULATED += [variant_for("sm90", "backward", dtype, d, "plain") for dtype, d in BACKWARD]
+
+
+@pytest.mark.parametrize(("dtype", "d"), BACKWARD)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "kv_heads": 1},
+        {"groups": 4, "scale": 2.0},
+        {"l2norm_qk": False, "causal": True, "nq": 270, "nk": 200},
+    ],
+    ids=str,
+)
+def test_backward(dtype, d, options):
+    sizes = {"nq": 140, "nk": 270, "d": d} | options
+    assert_close_to_reference(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes), backend="sm90", lse=True)

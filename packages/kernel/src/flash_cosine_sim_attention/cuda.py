@@ -21,7 +21,7 @@ from . import chunked, launchers
 from ._build import BuildError
 from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
 from .problem import Gradients, Outputs, Problem
-from .variants import TABLE, Variant, find_variant, has_pass, variant_for, why_none
+from .variants import TABLE, Variant, find_variant, variant_for, why_none
 
 BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0}
 """The largest bound of the logits for a shift that is known in advance: exp(s - m) stays normal in the dtype that the
@@ -93,7 +93,9 @@ class CudaKernels:
                 f"float32 logits up to {problem.bound:g}: above {FLOAT32_BOUND:g} the kernels' split products lose bits"
             )
             return None
-        key = (q.device, dtype, q.shape[-1], problem.v.shape[-1], problem.groups, feature, has_mask, problem.toeplitz)
+        grouped_scale = problem.scale is not None and q.shape[2] != problem.k.shape[2]
+        sizes = (q.shape[-1], problem.v.shape[-1], problem.groups)
+        key = (q.device, dtype, sizes, feature, has_mask, grouped_scale, problem.toeplitz)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -115,7 +117,7 @@ class CudaKernels:
             reason = (
                 refusal(arch, capability)
                 or why_none(arch, pass_name, dtype, width, feature)
-                or ("the sm90 forward takes no key mask" if arch == "sm90" and problem.mask is not None else None)
+                or (_sm90_refusal(pass_name, problem, width) if arch == "sm90" else None)
                 or (
                     "the kernels take attn_bias as a dense tensor only, not as a PositionBias"
                     if problem.toeplitz
@@ -134,10 +136,10 @@ class CudaKernels:
         return reason
 
     def _candidates(self, pass_name: str) -> tuple[str, ...]:
-        """Sets of kernels, the fastest first. A pass that Hopper has no own kernels for runs on those for sm80."""
-        if self.arch is None:
+        """Sets of kernels, the fastest first. A backward that Hopper has no kernel of its own for runs on those for sm80."""
+        if self.arch is None or (self.arch == "sm90" and pass_name == "backward"):
             return ("sm90", "sm80")
-        return (self.arch,) if self.arch == "sm80" or has_pass("sm90", pass_name) else ("sm80",)
+        return (self.arch,)
 
     def _needed_soon(self, problem: Problem, width: int) -> Sequence[Variant]:
         """The backward kernel of a forward call that will be differentiated: compiled in the same go."""
@@ -145,12 +147,29 @@ class CudaKernels:
         if not any(x is not None and x.requires_grad for x in inputs):
             return ()
         dtype, feature = _kernel_dtype(problem.q, "backward"), _feature("backward", problem)
-        found = (find_variant(arch, "backward", dtype, width, feature) for arch in self._candidates("backward"))
-        return [variant for variant in found if variant is not None][:1]
+        capability = capability_of(problem.q.device)
+        for arch in self._candidates("backward"):
+            if refusal(arch, capability) or (arch == "sm90" and _sm90_refusal("backward", problem, width)):
+                continue
+            variant = find_variant(arch, "backward", dtype, width, feature)
+            if variant is not None:
+                return (variant,)
+        return ()
 
 
 AUTOMATIC = CudaKernels(None)
 FORCED = {"sm80": CudaKernels("sm80"), "sm90": CudaKernels("sm90")}
+
+
+def _sm90_refusal(pass_name: str, problem: Problem, width: int) -> str | None:
+    """What the Hopper kernels do not serve of what their variants would; None if they do."""
+    if pass_name == "forward":
+        return "the sm90 forward takes no key mask" if problem.mask is not None else None
+    if width <= 32:
+        return f"the sm90 backward has no tiles for head dim {width}"
+    if problem.scale is not None and problem.q.shape[2] != problem.k.shape[2]:
+        return "the sm90 backward takes no learned scale beside grouped kv heads"
+    return None
 
 
 def _warn_once(reason: str) -> None:

@@ -40,6 +40,7 @@ TABLE = (
     Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias")),
     Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias")),
     Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded",)),
+    Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
 
 ALLOWED_SPILLS: dict[str, int] = {

@@ -35,6 +35,8 @@ template <int kPending>
 inline void bulk_wait() {
   emulator::bulk_wait(kPending, false);
 }
+inline void initialize(uint64_t& barrier, uint32_t arrivals) { emulator::barrier_init(&barrier, arrivals); }
+inline void fence_barrier_initialization() {}
 inline void fence_async_shared() { emulator::fence_async(); }
 
 inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, true); }

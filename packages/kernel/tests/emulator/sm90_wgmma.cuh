@@ -13,6 +13,11 @@ template <int kPending>
 inline void wgmma_wait() {
   emulator::wgmma_wait(kPending);
 }
+template <int kSteps>
+inline void wgmma_keep(const uint32_t (&)[kSteps][4]) {}
+
+inline uint64_t opaque_descriptor(uint64_t descriptor) { return descriptor; }
+
 template <int kCount>
 inline void wgmma_pin(float (&)[kCount]) {}
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_unit(float* unit, const float (&dq)[kSquar
 template <class Traits>
 __global__ void __launch_bounds__(128) backward_dq_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kStride = Traits::kHeadDim + 8;
-  __shared__ alignas(16) float tile[kSquare * kStride];
+  __shared__ __align__(16) float tile[kSquare * kStride];
   const TileIndex head = TileIndex::from_block(blockIdx.x, ceil_div(p.num_queries, kSquare), p.heads, p.b1);
   const int query = head.tile * kSquare, lane = threadIdx.x % 32;
   const float* units = dq_units<Traits>(p, head, query);

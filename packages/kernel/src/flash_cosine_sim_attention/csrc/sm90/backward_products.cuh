@@ -6,20 +6,13 @@
 
 namespace fcsa::sm90 {
 
-// Operands are described anew for every product, and step by step from one descriptor: or the compiler computes the
-// descriptors of all steps before the loop, three dozen of them, and spills.
-__device__ __forceinline__ uint64_t described_here(uint64_t descriptor) {
-  asm volatile("" : "+l"(descriptor));
-  return descriptor;
-}
-
 // S^T = K Q^T, or dP^T = V dO^T: this warpgroup's 64 keys and one square of queries.
 template <class Traits>
 __device__ __forceinline__ void issue_scores(Square& s, const typename Traits::KeyTile& keys,
                                              const typename Traits::QueryTile& queries, int warpgroup, int square) {
   using Element = typename Traits::Element;
-  const uint64_t a = described_here(keys.descriptor(warpgroup * kSquare, 0));
-  const uint64_t b = described_here(queries.descriptor(square * kSquare, 0));
+  const uint64_t a = opaque_descriptor(keys.descriptor(warpgroup * kSquare, 0));
+  const uint64_t b = opaque_descriptor(queries.descriptor(square * kSquare, 0));
   wgmma_fence();
   wgmma_ss<Element, false>(s, a, b);
 #pragma unroll
@@ -33,7 +26,7 @@ __device__ __forceinline__ void issue_scores(Square& s, const typename Traits::K
 template <class Traits>
 __device__ __forceinline__ void issue_gradient(float (&gradient)[Traits::kHeadDim / 2], const SquareOperand& scores,
                                                const typename Traits::QueryTile& queries, int square) {
-  const uint64_t b = described_here(queries.descriptor_transposed(square * kSquare));
+  const uint64_t b = opaque_descriptor(queries.descriptor_transposed(square * kSquare));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSquare / 16; ++step) {
@@ -47,8 +40,8 @@ template <class Traits>
 __device__ __forceinline__ void issue_dq(Square& dq, const typename Traits::ScoreTile& ds,
                                          const typename Traits::KeyTile& keys, int column) {
   using Element = typename Traits::Element;
-  const uint64_t a = described_here(ds.descriptor_transposed(0));
-  const uint64_t b = described_here(keys.descriptor_transposed(0, column));
+  const uint64_t a = opaque_descriptor(ds.descriptor_transposed(0));
+  const uint64_t b = opaque_descriptor(keys.descriptor_transposed(0, column));
   wgmma_fence();
   wgmma_ss<Element, false, true, true>(dq, a, b);
 #pragma unroll

@@ -39,6 +39,13 @@ __device__ __forceinline__ void wgmma_keep(const uint32_t (&a)[kSteps][4]) {
   for (int i = 0; i < kSteps; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]) : "memory");
 }
 
+// A descriptor that the compiler knows nothing of. Where the products of a loop take theirs from such ones, step by step, it
+// does not compute those of all steps before the loop, dozens of registers.
+__device__ __forceinline__ uint64_t opaque_descriptor(uint64_t descriptor) {
+  asm volatile("" : "+l"(descriptor));
+  return descriptor;
+}
+
 // clang-format off
 #define FCSA_F8(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define FCSA_F16(c, d, i) FCSA_F8(c, d, i), FCSA_F8(c, d, i + 8)
