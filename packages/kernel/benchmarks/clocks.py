@@ -99,7 +99,7 @@ class CudaClock:
         except Exception as error:  # the end of a capture that failed raises an error of its own
             raise (failures or [error])[0] from None
 
-        def replay(_results: object = results) -> None:  # holds what the graph writes to
+        def replay(_held: object = (results, run)) -> None:  # what the graph writes to, and what it reads
             graph.replay()
 
         return replay

@@ -136,7 +136,7 @@ class CudaKernels:
         return reason
 
     def _candidates(self, pass_name: str) -> tuple[str, ...]:
-        """Sets of kernels, the fastest first. A backward that Hopper has no kernel of its own for runs on those for sm80."""
+        """Sets of kernels, the fastest first. A backward that sm90 has no kernel for runs on that of sm80."""
         if self.arch is None or (self.arch == "sm90" and pass_name == "backward"):
             return ("sm90", "sm80")
         return (self.arch,)
