@@ -43,12 +43,12 @@ class Question:
         return self.folder.name
 
     def jobs(self, base: RunConfig, seeds: int) -> list[Job]:
-        """Seed by seed over all arms: where time ends early, arms have equally many."""
+        """The first learning rate first, and seed by seed over all arms: where time ends early, arms have equally many."""
         rates = self.rates or (base.lr,)
         return [
             Job(name, replace(with_arm(base, arm, seed), lr=rate))
-            for seed in range(seeds)
             for rate in rates
+            for seed in range(seeds)
             for name, arm in self.arms.items()
         ]
 
