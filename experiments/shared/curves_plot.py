@@ -22,7 +22,9 @@ STYLES = ("-", "--", "-.", ":")
 
 def plot_curves(path: Path, content: Mapping[str, Any], arms: Sequence[str], reference: str) -> None:
     """Held-out bits per byte over steps, each arm at its best learning rate, and minus `reference` of the same seed."""
-    curves = _best_curves(content)
+    curves = {arm: found for arm, found in _best_curves(content).items() if arm in arms}
+    if not curves:
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for index, arm in enumerate(arm for arm in arms if arm in curves):
         color, style = f"C{index % 10}", STYLES[index // 10 % len(STYLES)]

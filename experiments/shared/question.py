@@ -43,7 +43,7 @@ class Question:
         return self.folder.name
 
     def jobs(self, base: RunConfig, seeds: int) -> list[Job]:
-        """The first learning rate first, and seed by seed over all arms: where time ends early, arms have equally many."""
+        """Rate by rate, in each seed by seed over all arms: where time ends early, arms have equally many runs."""
         rates = self.rates or (base.lr,)
         return [
             Job(name, replace(with_arm(base, arm, seed), lr=rate))
