@@ -7,7 +7,13 @@ from typing import Any
 
 from ..shared.metrics import table
 
-COLOURS = {"fused": "#d62728", "sdpa": "#1f77b4", "plain": "#9467bd", "no attention": "#7f7f7f"}
+COLOURS = {
+    "fused": "#d62728",
+    "sdpa": "#1f77b4",
+    "plain": "#9467bd",
+    "plain, compiled": "#2ca02c",
+    "no attention": "#7f7f7f",
+}
 
 Record = dict[str, Any]
 
@@ -17,6 +23,8 @@ def summary(run: dict[str, Any]) -> str:
     meta = run["meta"]
     sizes = f"{meta['batch']} x (N, N, {meta['dim']}), {meta['heads']} heads of {meta['dim_head']}"
     lines = [f"{meta['device']}, torch {meta['torch']}; {sizes}; one node, forward + backward."]
+    if meta["copy_tb_per_s"]:
+        lines[0] += f" A copy runs at {meta['copy_tb_per_s']:.2f} TB/s."
     for dtype in dict.fromkeys(record["dtype"] for record in run["records"]):
         records = [record for record in run["records"] if record["dtype"] == dtype]
         lines.append(dtype + "\n\n" + table([_row(record, records) for record in records]))
@@ -35,7 +43,7 @@ def _row(record: Record, records: list[Record]) -> dict[str, str]:
     return cells | {
         "ms": f"{record['ms']:.3f}",
         "fused is faster": f"{record['ms'] / fused['ms']:.2f} x"
-        if fused and record["variant"] in ("sdpa", "plain")
+        if fused and record["variant"] not in ("fused", "no attention")
         else "",
         "attention ms": f"{record['ms'] - floor['ms']:.3f}" if floor and floor is not record else "",
         "peak MiB": f"{record['peak_bytes'] / 2**20:,.0f}" if record["peak_bytes"] else "",

@@ -24,10 +24,14 @@ def write_report(out: Path, references: dict[str, float]) -> str:
     return text
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def collect(runs: Path) -> Results:
     results: Results = {name: [] for name in ARMS}
     for path in sorted(runs.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         results[result["arm"]].append(result)
     return {name: seeds for name, seeds in results.items() if seeds}
 

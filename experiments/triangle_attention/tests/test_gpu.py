@@ -9,6 +9,8 @@ import torch
 
 from experiments.triangle_attention.bench import make_module
 from experiments.triangle_attention.module import fused_attention, plain_attention
+from experiments.triangle_attention.task import Task
+from experiments.triangle_attention.training import Setting, Training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,3 +43,22 @@ def test_no_worse_than_plain_in_the_same_dtype(dtype, node, size):
     for name, wanted in exact.items():
         error, allowed = ((x[name].double() - wanted).norm() / wanted.norm() for x in (fused, plain))
         assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps, f"{name}: {error:.1e}, plain {allowed:.1e}"
+
+
+@pytest.mark.parametrize("arm", ["triangle, fused", "triangle, plain", "pointwise"])
+def test_a_captured_step_trains_as_the_eager_one(arm, tmp_path):
+    setting = Setting(Task(points=24, fewest=16), dim=32, depth=1, heads=2, steps=20, eval_every=5, eval_size=16)
+    captured, eager, resumed = (Training(arm, setting, 0) for _ in range(3))
+    eager._capturable = False
+    captured.run_to_next_row()
+    captured.save(tmp_path / "run.pt")
+    resumed.load(tmp_path / "run.pt")
+    eager.run_to_next_row()
+    for training in (captured, eager, resumed):
+        while not training.finished:
+            training.run_to_next_row()
+    assert captured._graph.captured
+    assert resumed._graph.captured
+    assert not eager._graph.captured
+    for rows in (captured.rows, resumed.rows):
+        assert [row["rmse"] for row in rows] == pytest.approx([row["rmse"] for row in eager.rows], abs=2e-3)

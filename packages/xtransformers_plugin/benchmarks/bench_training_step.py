@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from training_arms import ARMS, Arm, Size, TrainingStep
 from training_report import draw, table
-from training_timer import Record, measure, measure_memory
+from training_timer import Record, copy_rate, measure, measure_memory
 
 RESULTS = Path(__file__).parent / "results" / "h200"
 LOSS_TOLERANCE = 0.02
@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: dict[str, Any] = {"meta": describe(options, size), "records": []}
     options.out.mkdir(parents=True, exist_ok=True)
     for seq_len in options.lengths:
-        run["records"] += measure_length(size, seq_len, options)
-        (options.out / f"{options.name}.json").write_text(json.dumps(run, indent=1) + "\n")
+        for records in measure_length(size, seq_len, options):
+            run["records"] += records
+            (options.out / f"{options.name}.json").write_text(json.dumps(run, indent=1) + "\n")
     require_equal_losses(run["records"])
     text = table(run)
     (options.out / f"{options.name}.txt").write_text(text + "\n")
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_length(size: Size, seq_len: int, options: argparse.Namespace) -> list[Record]:
+def measure_length(size: Size, seq_len: int, options: argparse.Namespace) -> Iterator[list[Record]]:
     """One record for each arm: those that fit side by side take turns, the plain ones come after, one by one."""
     batch = max(1, options.tokens // seq_len)
     names = [name for name in ARMS if name in options.arms]
@@ -52,11 +53,10 @@ def measure_length(size: Size, seq_len: int, options: argparse.Namespace) -> lis
         chosen += [(name, ARMS[name], True) for name in names if ARMS[name].worth_compiling]
     together = [arm for arm in chosen if not arm[1].stores_matrix]
     torch._dynamo.reset()  # graphs of another length are of no use, and their number is limited
-    records = _measure_together(together, size, seq_len, batch, options)
+    yield _measure_together(together, size, seq_len, batch, options)
     for arm in chosen:
         if arm[1].stores_matrix:
-            records += _measure_together([arm], size, seq_len, batch, options)
-    return records
+            yield _measure_together([arm], size, seq_len, batch, options)
 
 
 def _measure_together(
@@ -104,6 +104,7 @@ def describe(options: argparse.Namespace, size: Size) -> dict[str, Any]:
         "tokens": options.tokens,
         "dtype": "bfloat16 autocast",
         "optimizer": "AdamW, fused",
+        "copy_tb_per_s": copy_rate() if cuda else None,
     }
 
 

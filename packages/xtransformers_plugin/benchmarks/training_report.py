@@ -37,6 +37,8 @@ def table(run: dict[str, Any]) -> str:
         f"Model: {meta['model']}.",
         f"{meta['tokens']} tokens a step, {meta['dtype']}, {meta['optimizer']}; forward + backward + optimiser.",
     ]
+    if meta["copy_tb_per_s"]:
+        lines[0] += f" A copy runs at {meta['copy_tb_per_s']:.2f} TB/s."
     for seq_len in dict.fromkeys(record["seq_len"] for record in run["records"]):
         records = [record for record in run["records"] if record["seq_len"] == seq_len]
         lines += ["", f"{seq_len} tokens x {records[0]['batch']}", ""]

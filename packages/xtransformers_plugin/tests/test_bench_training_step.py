@@ -67,5 +67,9 @@ def test_out_of_memory_is_a_result(bench):
     record = {"arm": "softmax, plain", "compiled": False, "seq_len": 16, "batch": 4}
     assert bench["training_timer"].measure_memory(record, build) is None
     assert record["status"] == "oom"
-    run = {"meta": dict.fromkeys(("device", "torch", "x_transformers", "model", "tokens", "dtype", "optimizer"), "")}
+    run = {
+        "meta": dict.fromkeys(
+            ("device", "torch", "x_transformers", "model", "tokens", "dtype", "optimizer", "copy_tb_per_s"), ""
+        )
+    }
     assert "| softmax, plain | out of memory |" in bench["training_report"].table(run | {"records": [record]})
