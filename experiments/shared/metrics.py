@@ -33,6 +33,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """A Markdown table with aligned columns, readable as plain text."""
+    if not rows:
+        return "(nothing to show yet)"
     columns = list(rows[0])
     widths = [max(len(name), *(len(row[name]) for row in rows)) for name in columns]
     lines = [columns, ["-" * width for width in widths], *([row[name] for name in columns] for row in rows)]
