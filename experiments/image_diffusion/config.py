@@ -16,11 +16,11 @@ ARMS_FILE = Path(__file__).with_name("arms.toml")
 class ImageConfig:
     """The same for all arms. Sizes of the model as in DiT (Peebles and Xie 2023), scaled down; patches are pixels."""
 
-    dim: int = 128
-    depth: int = 4
-    heads: int = 4
-    batch_size: int = 128
-    steps: int = 5000
+    dim: int = 96
+    depth: int = 3
+    heads: int = 3
+    batch_size: int = 64
+    steps: int = 1800
     lr: float = 1e-3
     warmup: int = 200
     ema: float = 0.999

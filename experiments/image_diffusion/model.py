@@ -1,7 +1,8 @@
 """A small diffusion transformer (DiT, Peebles and Xie 2023, adaLN-zero), as an ensemble; every pixel is a token.
 
 The condition, noise level and class, sets the scale, shift and gate of every block; gates start at zero, so that every
-block starts as the identity. Positions are fixed sines in two dimensions, as there.
+block starts as the identity. Positions are fixed sines in two dimensions, as there. Blocks have no biases but those of
+the condition.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MLP_RATIO = 4
 def dit_inits(config: ImageConfig, arm: AttentionArm) -> dict[str, Init]:
     """Every arm draws the same first weights: a learned scale draws none and comes last."""
     d = config.dim
-    inits = {"pixel": Init((d,), 1.0), "pixel_bias": Init((d,)), "class": Init((CLASSES, d), 0.02)}
+    inits = {"pixel": Init((d,), 1.0), "pixel_bias": Init((d,)), "class": Init((CLASSES, d), 0.5)}
     inits |= {"level1": matrix(LEVEL_FEATURES, d), "level1_bias": Init((d,))}
     inits |= {"level2": matrix(d, d), "level2_bias": Init((d,))}
     for layer in range(config.depth):
@@ -41,13 +42,9 @@ def _block_inits(d: int) -> dict[str, Init]:
         "condition": Init((d, 6 * d)),
         "condition_bias": Init((6 * d,)),
         "qkv": matrix(d, 3 * d),
-        "qkv_bias": Init((3 * d,)),
         "out": matrix(d, d),
-        "out_bias": Init((d,)),
         "up": matrix(d, MLP_RATIO * d),
-        "up_bias": Init((MLP_RATIO * d,)),
         "down": matrix(MLP_RATIO * d, d),
-        "down_bias": Init((d,)),
     }
 
 
@@ -80,15 +77,15 @@ class DiT:
     def _block(self, weights: Weights, layer: str, x: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(weights, f"{layer}.condition", condition, 6)
         x = x + gate1 * self._attention(weights, layer, _adapt(x, shift1, scale1))
-        hidden = linear(_adapt(x, shift2, scale2), weights[f"{layer}.up"], weights[f"{layer}.up_bias"])
-        return x + gate2 * linear(F.gelu(hidden), weights[f"{layer}.down"], weights[f"{layer}.down_bias"])
+        hidden = F.gelu(linear(_adapt(x, shift2, scale2), weights[f"{layer}.up"]))
+        return x + gate2 * linear(hidden, weights[f"{layer}.down"])
 
     def _attention(self, weights: Weights, layer: str, x: Tensor) -> Tensor:
-        qkv = linear(x, weights[f"{layer}.qkv"], weights[f"{layer}.qkv_bias"])
+        qkv = linear(x, weights[f"{layer}.qkv"])
         heads = qkv.unflatten(-1, (3, self.config.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (3, s, b, h, n, d)
         q, k, v = heads.unbind(0)
         out = attend(self.arm, q, k, v, log_scale=weights.get(f"{layer}.log_scale"))
-        return linear(out.transpose(2, 3).flatten(-2), weights[f"{layer}.out"], weights[f"{layer}.out_bias"])
+        return linear(out.transpose(2, 3).flatten(-2), weights[f"{layer}.out"])
 
 
 def _modulation(weights: Weights, name: str, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -98,7 +95,7 @@ def _modulation(weights: Weights, name: str, condition: Tensor, parts: int) -> t
 
 def _adapt(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without gains of its own, then the condition's; in the dtype of the condition."""
-    return (F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).to(shift.dtype)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]).to(shift.dtype), 1 + scale)
 
 
 def _positions(dim: int) -> Tensor:

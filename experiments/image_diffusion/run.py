@@ -24,7 +24,7 @@ from .diffusion import add_noise, level_losses, sample, signal_shares
 from .frechet import Judge
 from .model import DiT, dit_inits
 
-EVALUATIONS = 4  # at every quarter of the steps; the last with all sample seeds, the others with one
+EVALUATIONS = 3  # at every third of the steps; the last with all sample seeds, the others with one
 GRID = 40  # images of the first seed that are kept to be looked at
 
 

@@ -22,9 +22,9 @@ class SharpnessConfig:
     vocabulary: int = 8192  # tokens, half of them keys or passage, half values or filler
     train_length: int = 256
     longest: int = 8192  # evaluated at train_length, twice that, and so on to this
-    batch_size: int = 32
+    batch_size: int = 16
     eval_sequences: int = 16
-    steps: int = 2000
+    steps: int = 1500
     lr: float = 2e-3
     warmup: int = 100
     chunk: int = 50  # steps between two rows

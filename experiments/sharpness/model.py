@@ -1,7 +1,7 @@
 """A decoder of two layers without positions: what it does at other lengths is left to its attention alone.
 
-Order reaches it by a causal convolution over three tokens behind the query, key and value projections (Primer, So et
-al. 2021), so that a key can hold the token before it. Embeddings are tied; only asked positions are predicted.
+Order reaches it by a causal convolution over three tokens in front of each attention (as the token shift of RWKV, Peng
+et al. 2023), so that a key can hold the token before it. Embeddings are tied; only asked positions are predicted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decoder_inits(config: SharpnessConfig, arm: AttentionArm) -> dict[str, Init]
         inits |= {
             f"{layer}.norm1": Init((d,), mean=1.0),
             f"{layer}.qkv": matrix(d, 3 * d),
-            f"{layer}.taps": Init((TAPS, 3 * d), 0.5),
+            f"{layer}.taps": Init((TAPS, d), 0.5),
             f"{layer}.out": matrix(d, d),
             f"{layer}.norm2": Init((d,), mean=1.0),
             f"{layer}.up": matrix(d, MLP_RATIO * d),
@@ -72,8 +72,8 @@ class Decoder:
     def _attention(
         self, weights: Weights, layer: int, x: Tensor, positions: Tensor, factor: float, probe: Probe | None
     ) -> Tensor:
-        qkv = linear(_norm(x, weights[f"{layer}.norm1"]), weights[f"{layer}.qkv"])
-        qkv = _convolve(qkv, weights[f"{layer}.taps"])
+        mixed = _convolve(_norm(x, weights[f"{layer}.norm1"]), weights[f"{layer}.taps"])
+        qkv = linear(mixed, weights[f"{layer}.qkv"])
         heads = qkv.unflatten(-1, (3, self.config.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # (3, s, b, h, n, d)
         q, k, v = heads.unbind(0)
         log_scale = weights.get(f"{layer}.log_scale")
@@ -91,10 +91,11 @@ def _norm(x: Tensor, gain: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, taps: Tensor) -> Tensor:
     """x (s, b, n, c), taps (s, 3, c): position i gets a weighted sum of positions i, i - 1 and i - 2."""
-    length = x.shape[2]
-    padded = F.pad(x, (0, 0, TAPS - 1, 0))
-    shifted = [padded[:, :, TAPS - 1 - lag : TAPS - 1 - lag + length] for lag in range(TAPS)]
-    return sum(part * taps[:, None, None, lag] for lag, part in enumerate(shifted))  # type: ignore[return-value]
+    padded, length = F.pad(x, (0, 0, TAPS - 1, 0)), x.shape[2]
+    mixed = x * taps[:, None, None, 0]
+    for lag in range(1, TAPS):
+        mixed = torch.addcmul(mixed, padded[:, :, TAPS - 1 - lag :][:, :, :length], taps[:, None, None, lag])
+    return mixed
 
 
 def _top(arm: AttentionArm, q: Tensor, k: Tensor, positions: Tensor, log_scale: Tensor | None, factor: float) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TARGETS = 32  # positions of a sequence whose prediction counts
+TARGETS = 16  # positions of a sequence whose prediction counts
 PASSAGE = 17  # tokens: 16 predictions
 
 
