@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -133,13 +134,19 @@ def plot_theory(path: Path) -> None:
 
 
 def _plot_lengths(path: Path, found: dict[str, dict[str, list[Result]]]) -> None:
-    """A column a task, a row a measure: solid with the scale of training, dashed with one that grows as log n."""
+    """A column a task, a row a measure: solid with the scale of training, dashed with one that grows as log n.
+
+    Dotted: the largest probability that the scale of training allows against orthogonal distractors.
+    """
     shape = (len(MEASURES), len(found))
     figure, axes = plt.subplots(*shape, figsize=(4.6 * shape[1], 9.5), layout="constrained", squeeze=False)
     for column, (task, arms) in enumerate(found.items()):
         for panel, (measure, text) in zip(axes[:, column], MEASURES.items(), strict=True):
             for index, (name, runs) in enumerate(arms.items()):
                 _draw(panel, runs, measure, f"C{index}", name)
+                if measure == "top" and runs[0]["scales"] == [] and math.isfinite(bound := load_arms()[name].bound):
+                    lengths = runs[0]["config"]["train_length"], runs[0]["config"]["longest"]
+                    _draw_bound(panel, bound, *lengths, f"C{index}")
             panel.set(xscale="log", ylabel=text if column == 0 else "", yscale="log" if measure == "loss" else "linear")
             panel.grid(alpha=0.3)
         axes[0, column].set_title(task)
@@ -147,6 +154,12 @@ def _plot_lengths(path: Path, found: dict[str, dict[str, list[Result]]]) -> None
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw_bound(panel: Axes, bound: float, shortest: int, longest: int, color: str) -> None:
+    """The best for orthogonal distractors, dotted."""
+    lengths = [shortest * 2 ** (step / 4) for step in range(4 * int(math.log2(longest / shortest)) + 1)]
+    panel.plot(lengths, [orthogonal(round(n), bound) for n in lengths], ":", color=color, linewidth=1.5)
 
 
 def _draw(panel: Axes, runs: Sequence[Result], measure: str, color: str, name: str) -> None:
