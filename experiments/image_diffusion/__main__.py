@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arms = {name: load_arms()[name] for name in options.arms}
     with stop_requested() as asked, closing(bar(len(arms) * len(options.seeds) * config.steps)) as progress:
         stop = deadline(options.seconds, asked)
-        if not run_missing(config, arms, options.seeds, digits, options.device, options.out, stop, progress):
+        if not run_missing(
+            config, arms, options.seeds, digits, options.together, options.device, options.out, stop, progress
+        ):
             print(f"Stopped. Finished runs are in {options.out}; the same command goes on with the others.")
             return INTERRUPTED
     print(write_report(options.out, options.out))

@@ -17,7 +17,7 @@ from ..shared.attend import AttentionArm, compute_dtype
 from ..shared.captured import Batch, Lane, Pool, Schedule, seeded, train_lanes
 from ..shared.ensemble import Members, Weights, per_member
 from ..shared.environment import environment
-from ..shared.waves import is_done, write_result
+from ..shared.waves import is_done, waves, write_result
 from .config import ImageConfig
 from .data import Digits
 from .diffusion import add_noise, level_losses, sample, signal_shares
@@ -139,6 +139,7 @@ def run_missing(
     arms: dict[str, AttentionArm],
     seeds: Sequence[int],
     digits: Digits,
+    together: int,
     device: str,
     out: Path,
     should_stop: Callable[[], bool],
@@ -151,8 +152,8 @@ def run_missing(
     }
     done = sum(len(seeds) - len(found) for found in missing.values())
     progress.update(done * config.steps)
-    for group in dict.fromkeys(found for found in missing.values() if found):
-        wave = Wave(config, {name: arms[name] for name in arms if missing[name] == group}, group, digits, device)
+    for names, group in waves(missing, together):
+        wave = Wave(config, {name: arms[name] for name in names}, group, digits, device)
         if not wave.train(should_stop, progress):
             return False
         for (name, seed), result in wave.results.items():

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ def is_done(folder: Path, name: str, identity: Result) -> bool:
     return True
 
 
+def waves(missing: Mapping[str, tuple[int, ...]], together: int) -> list[tuple[list[str], tuple[int, ...]]]:
+    """missing: arm -> seeds. Arms that train at once, at most `together` of them, all with the same seeds."""
+    found = []
+    for seeds in dict.fromkeys(seeds for seeds in missing.values() if seeds):
+        names = [name for name, mine in missing.items() if mine == seeds]
+        found += [(names[first : first + together], seeds) for first in range(0, len(names), together)]
+    return found
+
+
 def by_arm(results: Iterable[Result], arms: Iterable[str]) -> dict[str, list[Result]]:
     """Runs of each arm that has any, in the order of `arms`, by seed."""
     found: dict[str, list[Result]] = {name: [] for name in arms}
@@ -81,11 +90,12 @@ def bar(total: int) -> tqdm:
 
 
 def add_wave_flags(parser: argparse.ArgumentParser, arms: Iterable[str], out: Path) -> None:
-    """--out, --arms, --seeds, --device, --seconds, --report."""
+    """--out, --arms, --seeds, --together, --device, --seconds, --report."""
     names = list(arms)
     parser.add_argument("--out", type=Path, default=out, help=f"runs that are there are kept (default: {out})")
     parser.add_argument("--arms", nargs="+", choices=names, default=names, help="(default: all of arms.toml)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    parser.add_argument("--together", type=int, default=3, help="arms that train at once (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--seconds", type=float, default=0, help="stop after so long; 0: never (default)")
     parser.add_argument("--report", action="store_true", help="train nothing: table and plots of the results in git")

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = len(options.tasks) * len(arms) * len(options.seeds) * config.steps
     with stop_requested() as asked, closing(bar(total)) as progress:
         stop = deadline(options.seconds, asked)
-        if not run_missing(config, options.tasks, arms, options.seeds, options.device, options.out, stop, progress):
+        if not run_missing(
+            config, options.tasks, arms, options.seeds, options.together, options.device, options.out, stop, progress
+        ):
             print(f"Stopped. Finished runs are in {options.out}; the same command goes on with the others.")
             return INTERRUPTED
     print(write_report(options.out, options.out))

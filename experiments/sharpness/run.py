@@ -19,7 +19,7 @@ from ..shared.attend import AttentionArm, compute_dtype, learned_scale
 from ..shared.captured import Batch, Lane, Pool, Schedule, seeded, train_lanes
 from ..shared.ensemble import Members, Weights, per_member
 from ..shared.environment import environment
-from ..shared.waves import is_done, write_result
+from ..shared.waves import is_done, waves, write_result
 from .config import SharpnessConfig
 from .model import Decoder, Probe, decoder_inits
 from .tasks import TASKS, Sequences
@@ -160,6 +160,7 @@ def run_missing(
     tasks: Sequence[str],
     arms: dict[str, AttentionArm],
     seeds: Sequence[int],
+    together: int,
     device: str,
     out: Path,
     should_stop: Callable[[], bool],
@@ -174,9 +175,9 @@ def run_missing(
             for name, arm in arms.items()
         }
         progress.update(sum(len(seeds) - len(found) for found in missing.values()) * config.steps)
-        for group in dict.fromkeys(found for found in missing.values() if found):
+        for names, group in waves(missing, together):
             began = time.perf_counter()
-            wave = Wave(config, task, {name: arms[name] for name in arms if missing[name] == group}, group, device)
+            wave = Wave(config, task, {name: arms[name] for name in names}, group, device)
             if not wave.train(should_stop, progress):
                 return False
             for (name, seed), result in wave.results().items():
