@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from x_transformers import AutoregressiveWrapper, Decoder, Encoder, PrefixDecoder, XTransformer
-from xtransformers_cosine_sim import arguments, counters, enable, enabled, seam
+from x_transformers.x_transformers import Attention
+from xtransformers_cosine_sim import arguments, counters, disable, enable, enabled, seam
 from xtransformers_cosine_sim.testing import difference, native_scale, random_loss, run
 
 TOLERANCE = 1e-5
@@ -40,6 +41,29 @@ def test_positions_heads_memories_and_key_masks(options, causal, language_model,
     model = language_model(Decoder if causal else Encoder, **native(**options))
     mask = torch.arange(21) < torch.tensor([[21], [13]])
     check(model, lambda m: random_loss(m, ids, mask=mask, rows=mask))
+
+
+@pytest.mark.parametrize("options", [a | b for a, b in itertools.product(POSITIONS, [*HEADS, *EXTRAS[1:]])], ids=str)
+def test_the_norm_may_stay_with_the_model(options, language_model, ids):
+    check(language_model(**native(**options)), lambda m: random_loss(m, ids), fuse_norm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "enable_options"),
+    [
+        ({"attn_qk_norm_groups": 4, "attn_dim_head": 12, "rotary_pos_emb": True, "rotary_emb_dim": 12}, {}),
+        ({"attn_qk_norm_dim_scale": True}, {}),
+        ({"attn_qk_rmsnorm": True}, {}),
+        ({}, {"strict": False}),  # a refused call runs stock, which needs the norm
+    ],
+    ids=str,
+)
+def test_the_norm_stays_with_the_model_where_it_must(options, enable_options, language_model, ids):
+    model = language_model(**native(**options))
+    enable(model, **enable_options)
+    assert all(module.qk_norm for module in model.modules() if isinstance(module, Attention))
+    disable(model)
+    check(model, lambda m: random_loss(m, ids), **enable_options)
 
 
 SURROUNDINGS = [
@@ -217,7 +241,8 @@ def test_stock_flash_ignores_the_causal_override_and_the_plugin_does_not(languag
     assert difference(found, expected).within(TOLERANCE)
 
 
-def test_the_bound_comes_from_the_model(language_model, ids, monkeypatch):
+@pytest.mark.parametrize("fuse_norm", [True, False])
+def test_the_bound_comes_from_the_model(fuse_norm, language_model, ids, monkeypatch):
     """Scale and groups as the kernel gets them: a number, from which it knows the bound before it starts."""
     model = language_model(**native(3.0, attn_qk_norm_groups=4))
     kernel, seen = arguments.flash_cosine_sim_attention, []
@@ -227,9 +252,9 @@ def test_the_bound_comes_from_the_model(language_model, ids, monkeypatch):
         return kernel(q, k, v, mask, bias, scale, groups, causal, l2norm_qk, **options)
 
     monkeypatch.setattr(arguments, "flash_cosine_sim_attention", spy)
-    with enabled(model):
+    with enabled(model, fuse_norm=fuse_norm):
         model(ids)
     if seam.queries_arrive_unit():
-        assert seen == [(3.0, 4, False)] * 2
+        assert seen == [(3.0, 4, fuse_norm)] * 2
     else:  # no bound is known: one is claimed that no fixed shift can serve
         assert all(scale * groups >= 1024 for scale, groups, _ in seen)

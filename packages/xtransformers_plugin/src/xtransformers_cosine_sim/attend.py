@@ -29,6 +29,7 @@ class Layer:
     scale: float | Tensor | None  # convert mode; accelerate reads attend.scale at every call
     groups: int
     bounded: bool  # |q|, |k| per group is at most 1, so that |logit| <= |scale| * groups
+    fuses_norm: bool  # accelerate mode: the model's own norm is switched off, the pass normalises
     backend: str | None
     stock_reason: str | None = None  # set: `enable` was refused and falls back
     tally: Tally = field(default_factory=Tally)
@@ -70,7 +71,7 @@ class CosineSimAttend(Attend):
             causal=bool(causal),  # aligned right, so that one query sees every key, as stock has it
             scale=_default_scale(self.scale if layer.mode == "accelerate" else layer.scale, q),
             groups=layer.groups,
-            l2norm_qk=layer.mode == "convert",
+            l2norm_qk=layer.mode == "convert" or layer.fuses_norm,
             bounded=layer.bounded,
             add_zero_kv=self.add_zero_kv,
             backend=layer.backend,

@@ -29,6 +29,7 @@ def enable(
     scale: float | Tensor | None = None,
     groups: int | None = None,
     strict: bool = True,
+    fuse_norm: bool = True,
     layers: LayerFilter = None,
     backend: str | None = None,
 ) -> tuple[str, ...]:
@@ -43,6 +44,8 @@ def enable(
             In accelerate mode both come from the model.
         strict: raise for every layer and every call that is not served. False: leave a refused layer as it is, run a
             refused call on the stock path (of the same function), and count both.
+        fuse_norm: accelerate mode: let the pass normalise instead of the model, where that is the same function and
+            nothing can fall back to stock (strict). Until `disable`, kv caches hold keys before their norm.
         layers: which layers: glob pattern(s) of their paths, or a predicate (path, attention); all by default.
         backend: passed to flash_cosine_sim_attention.
 
@@ -55,7 +58,8 @@ def enable(
     """
     check_arguments(mode, scale, groups)
     chosen = _choose(model, layers)
-    built = {path: _build(model, path, attention, mode, scale, groups, strict, backend) for path, attention in chosen}
+    options = (mode, scale, groups, strict, fuse_norm, backend)
+    built = {path: _build(model, path, attention, *options) for path, attention in chosen}
     refusals = [refusal for _, found in built.values() for refusal in found]
     if strict and refusals:
         raise UnsupportedLayerError(refusals)
@@ -128,7 +132,7 @@ def _matches(layers: LayerFilter, path: str, attention: Attention) -> bool:
 
 def _build(
     model: nn.Module, path: str, attention: Attention, mode: Mode, scale: float | Tensor | None, groups: int | None,
-    strict: bool, backend: str | None,
+    strict: bool, fuse_norm: bool, backend: str | None,
 ) -> tuple[Layer, list[Refusal]]:  # fmt: skip
     """The layer's new state and what speaks against it. Reads only."""
     verdicts = _judge(model, path, attention, mode)
@@ -138,13 +142,15 @@ def _build(
         if isinstance(scale, Tensor) and scale.numel() not in (1, attention.heads):
             expected = f"expected one value or one per head, {attention.heads}"
             refusals.append(Refusal(path, "scale", f"{expected}, got shape {tuple(scale.shape)}"))
+    bounded = not any(verdict.unbounded for verdict in verdicts)
     layer = Layer(
         path=path,
         mode=mode,
         strict=strict,
         scale=scale if scale is None or isinstance(scale, Tensor) else float(scale),
         groups=attention.qk_norm_groups if mode == "accelerate" else groups or 1,
-        bounded=not any(verdict.unbounded for verdict in verdicts),
+        bounded=bounded,
+        fuses_norm=mode == "accelerate" and fuse_norm and strict and bounded and _commutes_with_rotation(attention),
         backend=backend,
         stock_reason="; ".join(f"{refusal.option}: {refusal.reason}" for refusal in refusals) or None,
     )
@@ -186,11 +192,19 @@ def _check_groups(model: nn.Module, path: str, attention: Attention, groups: int
     return []
 
 
+def _commutes_with_rotation(attention: Attention) -> bool:
+    """Whether a norm over each group may come after a rotation of pairs of neighbouring channels, and not before it."""
+    group = round(attention.scale**-2) // attention.qk_norm_groups
+    return attention.qk_norm_groups == 1 or group % 2 == 0
+
+
 def _swap(attention: Attention, layer: Layer) -> None:
     attend = attention.attend
     if type(attend) is Attend:  # another class was refused: it stays what it is, and check_site counts
         attend.__class__ = CosineSimAttend
     attend.cosine_sim = layer
+    if layer.fuses_norm:
+        attention.qk_norm = False  # read in Attention.forward alone
     device = next(attention.parameters()).device
     attend.register_buffer(COMPILED_CALLS, torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
     attention.register_forward_pre_hook(check_site, with_kwargs=True)
@@ -200,6 +214,8 @@ def _restore(attention: Attention) -> None:
     attend = attention.attend
     if type(attend) is CosineSimAttend:
         attend.__class__ = Attend
+    if attend.cosine_sim.fuses_norm:
+        attention.qk_norm = True
     del attend.cosine_sim
     delattr(attend, COMPILED_CALLS)
     for key, hook in list(attention._forward_pre_hooks.items()):  # by function: handles do not survive a deepcopy
