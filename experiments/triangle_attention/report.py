@@ -15,12 +15,17 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def write_report(out: Path, references: dict[str, float]) -> str:
-    """Collects out/runs; writes results.json, summary.md and rmse.png; returns the summary."""
-    results = collect(out / "runs")
-    write_json(out / "results.json", {"references": references, "arms": results})
-    text = summary(results, references) + "\n"
+    """Collects out/runs into results.json, then as `rewrite_report`."""
+    write_json(out / "results.json", {"references": references, "arms": collect(out / "runs")})
+    return rewrite_report(out)
+
+
+def rewrite_report(out: Path) -> str:
+    """From results.json: writes summary.md and rmse.png, returns the summary."""
+    stored = read_json(out / "results.json")
+    text = summary(stored["arms"], stored["references"]) + "\n"
     (out / "summary.md").write_text(text)
-    draw(results, references, out / "rmse.png")
+    draw(stored["arms"], stored["references"], out / "rmse.png")
     return text
 
 

@@ -3,6 +3,7 @@
     python -m experiments.triangle_attention.train                              minutes on a GPU
     python -m experiments.triangle_attention.train --tiny --device cpu --dtype fp32     a minute on the CPU
     python -m experiments.triangle_attention.train --resume                     goes on where it was stopped
+    python -m experiments.triangle_attention.train --report                     table and plot of the results in git
 
 The arms of a seed start from the same weights and see the same batches.
 """
@@ -22,16 +23,20 @@ from ..shared.config import require_device, usage_errors
 from ..shared.interrupt import INTERRUPTED, stop_requested
 from ..shared.metrics import write_json
 from .network import ARMS
-from .report import read_json, write_report
+from .report import read_json, rewrite_report, write_report
 from .task import Task, constant_rmse, triangle_bounds_rmse
 from .training import Setting, Training, held_out_batch
 
+RESULTS = Path(__file__).parent / "results"
 TINY = Setting(Task(points=16, fewest=8), dim=32, depth=2, heads=2, batch_size=4, steps=60, eval_every=20, eval_size=16)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.report:
+        print(rewrite_report(RESULTS))
+        return 0
     with usage_errors(parser):
         require_device(options.device)
     setting = replace(TINY if options.tiny else Setting(), dtype=options.dtype, device=options.device)
@@ -97,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=float("inf"), help="stop after so long, to go on with --resume"
     )
     parser.add_argument("--resume", action="store_true", help="keep finished runs, go on with a stopped one")
+    parser.add_argument(
+        "--report", action="store_true", help="no training: table and plot of results/results.json again"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/triangle_attention"))
     return parser
 
