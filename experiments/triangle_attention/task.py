@@ -15,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """The default: half of the pairs of 32 to 64 points in 3 dimensions, one per cent of noise."""
+    """The default: half of the pairs of 24 to 48 points in 3 dimensions, one per cent of noise."""
 
-    points: int = 64
-    fewest: int = 32  # samples have fewest to `points` points, the rest is padding
+    points: int = 48
+    fewest: int = 24  # samples have fewest to `points` points, the rest is padding
     dims: int = 3
     known: float = 0.5
     noise: float = 0.01  # of the cube's edge

@@ -32,7 +32,7 @@ class Setting:
     heads: int = 4
     dim_head: int = 16
     batch_size: int = 16
-    steps: int = 1000
+    steps: int = 600
     lr: float = 2e-3  # peak; linear warmup over a twentieth of the steps, then linearly down to a tenth
     eval_every: int = 50
     eval_size: int = 256
