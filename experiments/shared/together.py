@@ -48,8 +48,10 @@ def run_together(
 ) -> bool:
     """Trains all jobs in their order, `together` of them at a time, in turns. False if it was stopped, runs saved.
 
-    One process with several streams, because the kernels of different processes never run at the same time. A run whose
-    loss is no number ends with a result that says so. Any other error ends that run alone, and is raised at the end.
+    One process with several streams, because the kernels of different processes never run at the same time; a turn is
+    one step, because a stream takes only so many launches ahead, and a host that waits for one fills no other. A run
+    whose loss is no number ends with a result that says so. Any other error ends that run alone, and is raised at the
+    end.
     """
     waiting = deque(jobs)
     active: list[tuple[Job, Trainer]] = []
@@ -81,7 +83,8 @@ def _start(job: Job, corpus: Corpus, checkpoints: Path, together: int) -> Traine
 def _take_turn(job: Job, trainer: Trainer, observer: Observer) -> bool:
     """Whether the run goes on."""
     try:
-        observer.steps(trainer.run_to_next_row())
+        trainer.run_one_step()
+        observer.steps(1)
     except TrainingDivergedError:
         observer.result(job, {**trainer.result(), "val_bpb": None, "diverged_at": trainer.step})
         return False

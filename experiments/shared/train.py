@@ -63,6 +63,7 @@ class Trainer:
         self.rows: list[dict[str, Any]] = []
         self.peak_memory = 0  # bytes, of one step
         self._together = together
+        self.model.train()
         self._unread: list[tuple[dict[str, Any], dict[str, Tensor]]] = []  # rows whose figures are still on the device
         self._last_row = 0  # its step
         self._step_graph = GraphedCall() if config.cuda_graph else None
@@ -88,17 +89,12 @@ class Trainer:
             self._read_rows()
         return self.finished
 
-    def run_to_next_row(self) -> int:
-        """For trainers that take turns: the steps up to the next row of metrics. Returns their number."""
-        before = self.step
-        self.model.train()
+    def run_one_step(self) -> None:
+        """For trainers that take turns."""
         with self._on_stream():
             self._next_step()
-            while self.step != self._last_row:
-                self._next_step()
             if self.finished:
                 self._read_rows()
-        return self.step - before
 
     def evaluate(self) -> float:
         """Bits per byte of the held-out windows, the same ones each time."""

@@ -60,7 +60,7 @@ def test_taking_turns_changes_nothing(tiny: Tiny, corpus: Corpus, tmp_path: Path
 def test_stopped_and_started_again(tiny: Tiny, corpus: Corpus, tmp_path: Path):
     jobs, notes = jobs_of(tiny), Notes()
     turns = iter(range(100))
-    assert not run_together(jobs, corpus, tmp_path, 3, lambda: next(turns) == 3, notes.observer())
+    assert not run_together(jobs, corpus, tmp_path, 3, lambda: next(turns) == 5, notes.observer())
     assert len(list(tmp_path.glob("*.pt"))) == 3
     rest = [job for job in jobs if job.name not in notes.results]
     assert run_together(rest, corpus, tmp_path, 3, lambda: False, notes.observer())
