@@ -14,7 +14,7 @@ BASELINE = "qk-norm, flash"
 FLOOR = "no attention"
 COLOURS = {
     "plugin, convert": "#d62728",
-    "plugin, accelerate": "#ff9896",
+    "plugin, accelerate": "#000000",
     BASELINE: "#1f77b4",
     "softmax, flash": "#2ca02c",
 }
@@ -75,9 +75,10 @@ def draw(run: dict[str, Any], path: Path) -> None:
     records = [record for record in run["records"] if record["status"] == "ok"]
     for name in dict.fromkeys(map(label, records)):
         own = [record for record in records if label(record) == name]
+        dashes = "--" if own[0]["compiled"] else ":" if name == "plugin, accelerate" else "-"  # lies on convert
         style = {
             "color": COLOURS[own[0]["arm"]],
-            "ls": "--" if own[0]["compiled"] else "-",
+            "ls": dashes,
             "marker": "o",
             "label": name,
         }
