@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
     if (row < p.num_queries) {
       const int64_t source = index.first_row(p.b1, p.heads, p.num_queries) + row;
       if (p.dlse != nullptr) delta -= p.dlse[source];
-      const float lse = p.lse[source], rnorm = norm_is_folded<Traits>(p) ? folded_factor<Traits>(p.q_rnorm[source]) : 1.0f;
+      const float lse = p.lse[source];
+      const float rnorm = norm_is_folded<Traits>(p) ? folded_factor<Traits>(p.q_rnorm[source]) : 1.0f;
       if (lse != -INFINITY) {
         float factor = rnorm * row_scale(p, index.head);
         const OperandScales scales = scales_of<Traits>(p, kv_head_of(p, index));

@@ -27,25 +27,40 @@ cudaError_t launch_dkdv(const BackwardParams& p, cudaStream_t stream) {
       p, q_blocks, Config::kThreads, Config::kBlockQ * kDqPostprocessStride<Config> * sizeof(float), stream);
 }
 
-// The tile sizes that the device's shared memory allows.
+// cp.async copies 16 bytes from a 16-byte boundary: keys contiguous, and everything else a multiple of eight elements.
+template <class Traits>
+bool bias_can_be_staged(const BackwardParams& p) {
+  const int64_t strides = p.bias_b0 | p.bias_b1 | p.bias_head | p.bias_query;
+  return (!p.bias_is_float32 || Traits::kFloat) && p.bias_key == 1 && p.num_keys % 8 == 0 && strides % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
+}
+
+// The configuration that the call and the device's shared memory allow.
 template <class Traits>
 cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream) {
+  using All = BackwardConfig<Traits, false, true>;
   using Large = BackwardConfig<Traits, false, false>;
-  using LargeAll = BackwardConfig<Traits, false, true>;
   using Small = BackwardConfig<Traits, true, false>;
-  static_assert(sizeof(DkDvStorage<Large>) <= 163 * 1024 && sizeof(DkDvStorage<Small>) <= kSmallSharedMemory);
-  if constexpr (sizeof(DkDvStorage<Large>) > kSmallSharedMemory) {
-    int device = 0, limit = 0;
+  constexpr int kAllBytes = sizeof(DkDvStorage<All>), kLargeBytes = sizeof(DkDvStorage<Large>);
+  static_assert(kAllBytes <= 227 * 1024 && kLargeBytes <= 163 * 1024);
+  static_assert(sizeof(DkDvStorage<Small>) <= kSmallSharedMemory);
+  int limit = kSmallSharedMemory;
+  if constexpr (kAllBytes > kSmallSharedMemory) {
+    int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
       error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     if (error != cudaSuccess) return error;
-    if (limit < static_cast<int>(sizeof(DkDvStorage<Large>))) return launch_dkdv<Small>(p, stream);
   }
   const bool scale_in_rows = p.scale != nullptr && p.heads != p.kv_heads;
   const bool wants_all = p.dk != nullptr && p.dv != nullptr && p.dq_accum != nullptr && !scale_in_rows;
-  return wants_all ? launch_dkdv<LargeAll>(p, stream) : launch_dkdv<Large>(p, stream);
+  const bool serves_bias = !All::kStagedBias || bias_can_be_staged<Traits>(p);
+  if (wants_all && serves_bias && kAllBytes <= limit) return launch_dkdv<All>(p, stream);
+  if constexpr (kLargeBytes > kSmallSharedMemory) {
+    if (limit < kLargeBytes) return launch_dkdv<Small>(p, stream);
+  }
+  return launch_dkdv<Large>(p, stream);
 }
 
 template <class Traits>

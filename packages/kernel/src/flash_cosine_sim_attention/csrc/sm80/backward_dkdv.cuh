@@ -14,7 +14,19 @@
 
 namespace fcsa::sm80 {
 
-struct Nothing {};
+// Shared memory that a configuration may not have: an empty base takes no room.
+template <bool kPresent, class Tile>
+struct PTile {};
+template <class Tile>
+struct PTile<true, Tile> {
+  Tile p;  // exchanged among the warps that share keys
+};
+template <bool kPresent, class Tile>
+struct BiasTile {};
+template <class Tile>
+struct BiasTile<true, Tile> {
+  Tile bias;  // queries in rows
+};
 
 template <class Config>
 struct DkDvStorage {
@@ -22,13 +34,15 @@ struct DkDvStorage {
   using KeyTile = SmemTile<Operand, Config::kPlanes * Config::kBlockK, Config::kHeadDim>;
   using QueryTile = SmemTile<Operand, Config::kPlanes * Config::kBlockQ, Config::kHeadDim>;
   using ScoreTile = SmemTile<Operand, Config::kPlanes * Config::kBlockK, Config::kBlockQ>;
-  struct Loop {
+  using BiasSmemTile = SmemTile<Operand, Config::kBlockQ, Config::kBlockK>;
+  struct Tiles {
     KeyTile k, v;
     QueryTile q[Config::kStages], dout[Config::kStages];
     ScoreTile ds;
-    std::conditional_t<Config::kSplit != 1, ScoreTile, Nothing> p;  // exchanged among the warps that share keys
     float4 query_rows[Config::kBlockQ];
   };
+  static_assert(sizeof(Tiles) % 128 == 0, "tiles begin where their swizzle repeats");
+  struct Loop : Tiles, PTile<Config::kSplit != 1, ScoreTile>, BiasTile<Config::kStagedBias, BiasSmemTile> {};
   static constexpr int kStride = Config::kHeadDim + 8;  // spreads the rows of a fragment over the banks
   union {
     Loop loop;
@@ -88,11 +102,19 @@ __device__ __forceinline__ void load_queries(typename DkDvStorage<Config>::Loop&
   copy_rows_async<Config::kThreads, Config::kPlanes>(smem.dout[stage], dout, num_rows, p.head_dim);
 }
 
+// What is needed of a step until its scores are done: the records of its queries, and the bias.
 template <class Config>
 __device__ __forceinline__ void load_query_rows(typename DkDvStorage<Config>::Loop& smem, const BackwardParams& p,
                                                 const DkDvWork<Config>& work, const QueryStep& step) {
   const int64_t row = work.query_head(step).first_row(p.b1, p.heads, padded_queries(p.num_queries));
-  copy_query_rows_async(smem.query_rows, p.query_rows + row + step.q_block * Config::kBlockQ);
+  const int query0 = step.q_block * Config::kBlockQ;
+  copy_query_rows_async(smem.query_rows, p.query_rows + row + query0);
+  if constexpr (Config::kStagedBias) {
+    const BiasReader<Config> bias(p, work.query_head(step));
+    const auto* base = static_cast<const typename Config::Operand*>(bias.base) + query0 * p.bias_query + work.key0;
+    const Rows<typename Config::Operand> rows = {base, p.bias_query, 0};
+    copy_rows_async<Config::kThreads, 1>(smem.bias, rows, p.num_queries - query0, work.key_limit);
+  }
 }
 
 template <class Config>
@@ -129,53 +151,95 @@ struct ThreadKeys {
   __device__ __forceinline__ bool all_visible() const { return visible == (1u << 2 * Config::kKeyTiles) - 1; }
 };
 
-// Calls function(n, c) for column c of n8 tile n of a warp's scores, for the share `part` of `parts` of the tiles.
+// Calls function(n) for the share `part` of `parts` of a warp's n8 tiles of scores.
 template <int kN, class Function>
-__device__ __forceinline__ void for_columns(int part, int parts, Function function) {
+__device__ __forceinline__ void for_tiles(int part, int parts, Function function) {
   const int per_part = (kN + parts - 1) / parts;
 #pragma unroll
   for (int n = part * per_part; n < (part + 1) * per_part; ++n) {
-    if (n >= kN) continue;
-    function(n, 0);
-    function(n, 1);
+    if (n < kN) function(n);
   }
 }
 
-// P^T in place of S^T, in column c of n8 tile n. query0, key0: of the warp's chunk; rows: its records.
+// The bias of a warp's chunk of scores, in the base of the logits.
+template <class Config>
+struct ChunkBias {
+  BiasReader<Config> reader;
+  int query0, key0;  // of the chunk
+  uint32_t tile;     // staged: address of this lane's row and 16-byte chunk of n8 tile 0
+
+  // All of n8 tile n: x[m][half][c].
+  __device__ __forceinline__ void read(float (&x)[Config::kKeyTiles][2][2], int n) const {
+    if constexpr (Config::kStagedBias) {
+      static_assert(Config::kKeyTiles == 2);
+      uint32_t pairs[4];  // stored with queries in rows; two neighbouring queries of keys 8 i + lane / 4
+      ptx::ldmatrix_x4_trans(pairs, tile + 8 * n * DkDvStorage<Config>::BiasSmemTile::kPanelCols * 2);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack<typename Config::Operand>(pairs[i]);
+        x[i / 2][i % 2][0] = pair.x * kLog2e, x[i / 2][i % 2][1] = pair.y * kLog2e;
+      }
+    } else {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[m][i / 2][i % 2] =
+              reader(query0 + 8 * n + lane % 4 * 2 + i % 2, key0 + 16 * m + i / 2 * 8 + lane / 4);
+        }
+      }
+    }
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ ChunkBias<Config> chunk_bias(const typename DkDvStorage<Config>::Loop& smem,
+                                                        const BiasReader<Config>& reader, int query0, int key0, int row,
+                                                        int first_key) {
+  ChunkBias<Config> bias = {reader, query0, key0, 0};
+  if constexpr (Config::kStagedBias) {
+    const int lane = threadIdx.x % 32;
+    bias.tile = smem.bias.chunk_address(row + lane % 8, first_key / 8 + lane / 8);
+  }
+  return bias;
+}
+
+// P^T in place of S^T, in n8 tile n. rows: records of the chunk's queries.
 template <class Config, int kN>
-__device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], int n, int c,
+__device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], int n,
                                              const ThreadKeys<Config>& keys, const float4* rows,
-                                             const BiasReader<Config>& bias, int query0, int key0) {
-  const int lane = threadIdx.x % 32, column = 8 * n + lane % 4 * 2 + c;
-  const float4 pair = rows[8 * n + lane % 4 * 2];
-  const float score = c == 0 ? pair.x : pair.y, row_shift = c == 0 ? pair.z : pair.w;
+                                             const ChunkBias<Config>& bias) {
+  const float4 pair = rows[8 * n + threadIdx.x % 4 * 2];
+  const float score[2] = {pair.x, pair.y}, row_shift[2] = {pair.z, pair.w};
+  float tile_bias[Config::kKeyTiles][2][2] = {};
+  if constexpr (Config::kHasBias) bias.read(tile_bias, n);
 #pragma unroll
   for (int m = 0; m < Config::kKeyTiles; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& x = s[m][n][2 * half + c];
-      const float t = Config::kFoldsNorm ? x * keys.factor[m][half] : x;
-      float shift = row_shift;
-      if constexpr (Config::kHasBias) shift += bias(query0 + column, key0 + 16 * m + 8 * half + lane / 4);
-      x = ptx::exp2_approx(fmaf(t, score, shift));
+    for (int r = 0; r < 4; ++r) {
+      float& x = s[m][n][r];
+      const float t = Config::kFoldsNorm ? x * keys.factor[m][r / 2] : x;
+      const float shift = Config::kHasBias ? row_shift[r % 2] + tile_bias[m][r / 2][r % 2] : row_shift[r % 2];
+      x = ptx::exp2_approx(fmaf(t, score[r % 2], shift));
     }
   }
 }
 
-// dS'^T in place of dP^T, in column c of n8 tile n.
+// dS'^T in place of dP^T, in n8 tile n.
 template <class Config, int kN>
 __device__ __forceinline__ void differentiate(float (&dp)[Config::kKeyTiles][kN][4],
-                                              const float (&p)[Config::kKeyTiles][kN][4], int n, int c,
+                                              const float (&p)[Config::kKeyTiles][kN][4], int n,
                                               const ThreadKeys<Config>& keys, const float4* rows) {
   const float4 pair = rows[8 * n + threadIdx.x % 4 * 2 + 1];
-  const float gradient = c == 0 ? pair.x : pair.y, offset = c == 0 ? pair.z : pair.w;
+  const float gradient[2] = {pair.x, pair.y}, offset[2] = {pair.z, pair.w};
 #pragma unroll
   for (int m = 0; m < Config::kKeyTiles; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& x = dp[m][n][2 * half + c];
-      x = p[m][n][2 * half + c] * fmaf(x, gradient, offset);
-      if constexpr (Config::kFoldsNorm) x *= keys.factor[m][half];
+    for (int r = 0; r < 4; ++r) {
+      float& x = dp[m][n][r];
+      x = p[m][n][r] * fmaf(x, gradient[r % 2], offset[r % 2]);
+      if constexpr (Config::kFoldsNorm) x *= keys.factor[m][r / 2];
     }
   }
 }
@@ -321,7 +385,7 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
                                                  float (&dk)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                  float (&dv)[Config::kKeyTiles][2 * Config::kColumnPairs][4],
                                                  const BackwardParams& params, const DkDvWork<Config>& work,
-                                                 const ThreadKeys<Config>& keys, const BiasReader<Config>& bias,
+                                                 const ThreadKeys<Config>& keys, const BiasReader<Config>& reader,
                                                  bool has_hidden, bool wants_dk, int query0, int first_key, int part) {
   using Operand = typename Config::Operand;
   using Storage = DkDvStorage<Config>;
@@ -338,10 +402,9 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
   set_zero(p);
   multiply_rows<Operand, kPlanes, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
                                                     ChunksReader<QueryTile>(smem.q[stage], row, 0));
+  const ChunkBias<Config> bias = chunk_bias<Config>(smem, reader, query0 + row, key0, row, first_key);
   const auto exponentiate_part = [&](int i, int parts) {
-    for_columns<kN>(i, parts, [&](int n, int c) {
-      exponentiate<Config>(p, n, c, keys, rows, bias, query0 + row, key0);
-    });
+    for_tiles<kN>(i, parts, [&](int n) { exponentiate<Config>(p, n, keys, rows, bias); });
   };
   set_zero(ds);
   if (wants_ds) {
@@ -356,7 +419,7 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
   to_operand<Operand, kPlanes>(p_operand, p);
   if constexpr (Config::kSplit > 1) store_operand<kPlanes>(smem.p, p_operand, first_key, row);
   const auto differentiate_part = [&](int i, int parts) {
-    for_columns<kN>(i, parts, [&](int n, int c) { differentiate<Config>(ds, p, n, c, keys, rows); });
+    for_tiles<kN>(i, parts, [&](int n) { differentiate<Config>(ds, p, n, keys, rows); });
   };
   if (wants_dv) {
     const RowsReader<QueryTile> dout(smem.dout[stage], row, 2 * part);

@@ -32,9 +32,9 @@ struct DoNothing {
 // Operands come in kPlanes planes, hi and lo of float32, or one. A tile in shared memory holds the rows of its planes
 // one after the other; a register operand has its planes' row tiles one after the other.
 //
-// acc0, acc1 += A B of one m16 tile and two n8 tiles. Tensor cores truncate when they add to an accumulator, which over a
-// long sum costs float32 its last bits: with two planes each k16 step is a sum of its own, the small products first, and
-// is added by an ordinary rounded addition.
+// acc0, acc1 += A B of one m16 tile and two n8 tiles. Tensor cores truncate when they add to an accumulator, which
+// over a long sum costs float32 its last bits: with two planes each k16 step is a sum of its own, the small products
+// first, and is added by an ordinary rounded addition.
 template <class Operand, int kPlanes, int kM>
 __device__ __forceinline__ void multiply_pair(float (&acc0)[4], float (&acc1)[4], const uint32_t (&a)[kPlanes * kM][4],
                                               int m, const uint32_t (&b)[kPlanes][4]) {

@@ -46,8 +46,8 @@ constexpr BackwardTile small_backward_tile(int head_dim) {
 
 // float32 by hi and lo: twice the operands in shared memory. One stage, so that two blocks of threads share a
 // multiprocessor up to head dim 64. There 16 keys a warp and nothing exchanged: 109 TFLOP/s, against 108 with 32 keys
-// shared by two warps and 106 with chunks of 16 queries (H200, 8k). Head dim 128 with 16 keys a warp: 89 against 86, but
-// 260 bytes of spills.
+// shared by two warps and 106 with chunks of 16 queries (H200, 8k). Head dim 128 with 16 keys a warp: 89 against 86,
+// but 260 bytes of spills.
 constexpr BackwardTile split_backward_tile(int head_dim) {
   switch (head_dim) {
     case 32: return {64, 128, 32, 1, 2, 16, 2, 2};
@@ -73,8 +73,9 @@ struct BackwardTraits {
   static constexpr bool kFloat = std::is_same_v<Element, float>;       // multiplied as halves, from copies
   static constexpr int kPlanes = std::is_same_v<Element_, float> ? 2 : 1;  // hi and lo, in three products
   using Operand = std::conditional_t<kFloat, __half, Element>;         // of the matrix products
-  // dS * q_rnorm * k_rnorm keeps the range of bf16. Of half it does not: there q and k are copied, times the power of two in
-  // their rnorm, and what is folded lies in [1, 2). The scores are then as exact as the forward's, whose lse they meet.
+  // dS * q_rnorm * k_rnorm keeps the range of bf16. Of half it does not: there q and k are copied, times the power of
+  // two in their rnorm, and what is folded lies in [1, 2). The scores are then as exact as the forward's, whose lse
+  // they meet.
   static constexpr bool kExactCopies = std::is_same_v<Element, __half>;
   static constexpr bool kFoldsNorm = !kFloat;
   static constexpr float kUnit = kPlanes == 2 ? kUnitScale : 1.0f;  // length of a unit copy
@@ -87,6 +88,8 @@ struct BackwardTraits {
 template <class Traits, bool kSmall, bool kAll_>
 struct BackwardConfig : Traits {
   static constexpr bool kAll = kAll_;
+  // A bias tile comes with the queries' by cp.async; else a bias is read element by element (`bias_can_be_staged`).
+  static constexpr bool kStagedBias = kAll && Traits::kHasBias && !Traits::kFloat;
   using typename Traits::Element;
   using Traits::kHeadDim;
   using Traits::kPlanes;
