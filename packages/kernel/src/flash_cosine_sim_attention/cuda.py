@@ -32,6 +32,9 @@ FLOAT32_BOUND = 100.0
 """The largest bound of the logits that float32 is multiplied in split halves for: they keep 22 bits of unit q and k,
 and an error of s is a relative error of P. Beyond it (16 groups at scale 8, say) eager float32 is twice as exact."""
 
+DBIAS_PARTS = 2**23
+"""The most floats of the workspace for the gradient of a bias that is shared: enough to keep every GPU busy."""
+
 _warned: set[str] = set()
 
 
@@ -284,6 +287,7 @@ def launch_backward(
         workspace(q, v.shape[:3]) if split else None,
         workspace(q, q.shape, q.dtype) if split else None,
         workspace(q, (2, *v.shape[:3])) if split else None,
+        _dbias_parts(problem, dbias),
         deterministic,
     )
     write_back(dq, gradients.dq, groups)
@@ -292,6 +296,15 @@ def launch_backward(
     write_back(dbias, gradients.dbias)
     if dscale_rows is not None:
         torch.sum(dscale_rows, (0, 1, 3), out=gradients.dscale)
+
+
+def _dbias_parts(problem: Problem, dbias: Tensor | None) -> Tensor | None:
+    """Room for sums over parts of what shares one bias, added up afterwards: at most DBIAS_PARTS floats."""
+    (b0, b1, h, i, _), j = problem.q.shape, problem.k.shape[-2]
+    if dbias is None or dbias.numel() == b0 * b1 * h * i * j:
+        return None
+    padded = b0 * b1 * h * (-(-i // 128) * 128) * (-(-j // 128) * 128)
+    return workspace(problem.q, (min(padded, DBIAS_PARTS),))
 
 
 def empty_forward(outputs: Outputs) -> None:

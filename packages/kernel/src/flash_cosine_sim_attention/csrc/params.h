@@ -93,6 +93,10 @@ struct BackwardParams : Problem {
   void* dout_split;
   float* dout_largest;
 
+  // Workspace for sums over parts of what shares the bias (sm80/backward_dbias.cuh): dbias_parts_size floats, 0: none.
+  float* dbias_parts;
+  int64_t dbias_parts_size;
+
   bool deterministic;  // bit-equal results from run to run: no atomics
 };
 

@@ -255,7 +255,7 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
                      OptionalTensor dq, OptionalTensor dk, OptionalTensor dv, OptionalTensor dbias,
                      OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum, OptionalTensor q_unit,
                      OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor dout_split,
-                     OptionalTensor dout_largest, bool deterministic) {
+                     OptionalTensor dout_largest, OptionalTensor dbias_parts, bool deterministic) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::BackwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
@@ -280,6 +280,8 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
   p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
   p.dout_split = unit_data("dout_split", dout_split, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim});
   p.dout_largest = float_data("dout_largest", dout_largest, q, {2, s.b0, s.b1, s.kv_heads});
+  p.dbias_parts_size = dbias_parts.has_value() ? dbias_parts->numel() : 0;
+  p.dbias_parts = float_data("dbias_parts", dbias_parts, q, {p.dbias_parts_size});
   p.deterministic = deterministic;
   launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
 }
@@ -298,7 +300,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
       "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? q_unit, Tensor(i!)? k_unit, "
       "Tensor(j!)? v_split, Tensor(k!)? v_largest, Tensor(l!)? dout_split, Tensor(m!)? dout_largest, "
-      "bool deterministic) -> ()");
+      "Tensor(n!)? dbias_parts, bool deterministic) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {

@@ -66,7 +66,7 @@ cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream)
 template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
-  static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory && sizeof(DbiasStorage<Traits>) <= kSmallSharedMemory);
+  static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory);
   cudaError_t error = backward::launch_copies<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   error = backward::launch_preprocess<Traits>(p, stream);
@@ -81,10 +81,7 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   if constexpr (Traits::kHasBias) {
-    if (p.dbias != nullptr) {
-      return launch_blocks<backward_dbias_kernel<Traits>>(p, dbias_blocks<Traits>(p), Block::kThreads,
-                                                          sizeof(DbiasStorage<Traits>), stream);
-    }
+    if (p.dbias != nullptr) return launch_dbias<Traits>(p, stream);
   }
   return cudaSuccess;
 }

@@ -1,203 +1,404 @@
-// The gradient of the bias: one block of threads owns a tile of it and walks over everything that shares the tile
-// (batch dims, heads, and blocks of queries or keys along which the bias is broadcast). dS is summed in registers in a
-// fixed order and stored once: no atomics, bit-equal results.
+// The gradient of the bias: a block of threads owns a tile of it and walks over what shares the tile (batch dims, heads,
+// and blocks of queries or keys along which the bias is broadcast). dS is recomputed, summed in registers in a fixed
+// order and stored once: no atomics, bit-equal results. Where there are fewer tiles than a device runs blocks, the
+// sharers are dealt out in parts; each part's sum goes to a workspace, and a second kernel adds the parts up.
+//
+//   S  (queries x keys) = Q K^T      P  = exp2(S factors + bias + shift)
+//   dP - delta          = dO V^T, starting from -delta           dbias += P (dP - delta)
 #pragma once
 
-#include "backward_scores.cuh"
+#include "backward_dbias_walk.cuh"
+#include "backward_launch.cuh"
+#include "backward_tiles.cuh"
 
 namespace fcsa::sm80 {
 
-// A dim that the bias has is one index of the grid; a dim that it is summed over is a range to walk.
-struct Range {
-  int first, end;
-
-  static __device__ __forceinline__ Range take(uint32_t& block, int size, bool is_summed) {
-    if (is_summed) return {0, size};
-    const int own = block % size;
-    block /= size;
-    return {own, own + 1};
-  }
-};
-
-// The walk of a block of threads over all (b0, b1, head, query block, key block) that share its tile; what the causal
-// mask hides is left out.
-template <class Traits>
-struct DbiasWalk {
-  using Block = ScoreBlock<Traits>;
-  Range key_blocks, q_blocks, heads, b1, b0;
-  TileIndex head;  // tile: query block
-  int key_block;
-
-  __device__ __forceinline__ DbiasWalk(const BackwardParams& p, uint32_t block)
-      : key_blocks(Range::take(block, ceil_div(p.num_keys, Block::kKeys), p.dbias_key == 0)),
-        q_blocks(Range::take(block, ceil_div(p.num_queries, Block::kQueries), p.dbias_query == 0)),
-        heads(Range::take(block, p.heads, p.dbias_head == 0)),
-        b1(Range::take(block, p.b1, p.dbias_b1 == 0)),
-        b0(Range::take(block, p.b0, p.dbias_b0 == 0)),
-        head{q_blocks.first, heads.first, b1.first, b0.first},
-        key_block(key_blocks.first - 1) {}
-
-  __device__ __forceinline__ int query0() const { return head.tile * Block::kQueries; }
-  __device__ __forceinline__ int key0() const { return key_block * Block::kKeys; }
-
-  // To the first tile, then to the next; false where there is none.
-  __device__ __forceinline__ bool advance(const BackwardParams& p) {
-    while (++key_block >= min(key_blocks.end, Block::num_key_blocks(p, query0()))) {
-      key_block = key_blocks.first - 1;
-      if (++head.tile < q_blocks.end) continue;
-      head.tile = q_blocks.first;
-      if (++head.head < heads.end) continue;
-      head.head = heads.first;
-      if (++head.b1 < b1.end) continue;
-      head.b1 = b1.first;
-      if (++head.b0 >= b0.end) return false;
-    }
-    return true;
-  }
-};
-
-template <class Traits>
+template <class Config>
 struct DbiasStorage {
-  using Block = ScoreBlock<Traits>;
-  using Smem = typename Block::Smem;
-  static constexpr int kStages = 2 * sizeof(Smem) <= kSmallSharedMemory ? 2 : 1;
-  static constexpr int kStride = Block::kKeys + 2;
+  using Operand = typename Config::Operand;
+  using QueryTile = SmemTile<Operand, Config::kPlanes * Config::kQueries, Config::kHeadDim>;
+  using KeyTile = SmemTile<Operand, Config::kPlanes * Config::kKeys, Config::kHeadDim>;
+  struct Stage {
+    QueryTile q, dout;
+    KeyTile k, v;
+    float4 query_rows[Config::kQueries];
+    alignas(128) float key_factor[Config::kKeys];  // k_rnorm where the norm is folded, else 1
+    uint32_t visible[Config::kKeys / 32];          // a bit a key
+  };
+  static constexpr int kStride = Config::kKeys + 2;
   union {
-    Smem stage[kStages];
-    float tile[Block::kQueries * kStride];
+    Stage stage[Config::kStages];
+    float tile[Config::kQueries * kStride];
   };
 };
 
-template <class Traits>
-__host__ int64_t dbias_blocks(const BackwardParams& p) {
-  using Block = ScoreBlock<Traits>;
-  int64_t blocks = 1;
-  if (p.dbias_key != 0) blocks *= ceil_div(p.num_keys, Block::kKeys);
-  if (p.dbias_query != 0) blocks *= ceil_div(p.num_queries, Block::kQueries);
-  if (p.dbias_head != 0) blocks *= p.heads;
-  if (p.dbias_b1 != 0) blocks *= p.b1;
-  if (p.dbias_b0 != 0) blocks *= p.b0;
-  return blocks;
+// The operands of one step, with cp.async (not committed).
+template <class Config>
+__device__ __forceinline__ void load_step(typename DbiasStorage<Config>::Stage& smem, const BackwardParams& p,
+                                          const DbiasStep& step) {
+  constexpr int kThreads = Config::kThreads, kPlanes = Config::kPlanes, kKeys = Config::kKeys;
+  const int query0 = step.head.tile * Config::kQueries, key0 = step.key_block * kKeys;
+  const int num_queries = p.num_queries - query0, num_keys = p.num_keys - key0;
+  const TileIndex kv_head = kv_head_of(p, step.head);
+  copy_rows_async<kThreads, kPlanes>(smem.q, query_operand<Config>(p, step.head).from(query0), num_queries, p.head_dim);
+  copy_rows_async<kThreads, kPlanes>(smem.dout, dout_operand<Config>(p, step.head).from(query0), num_queries,
+                                     p.head_dim);
+  const int64_t row = step.head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0;
+  copy_query_rows_async(smem.query_rows, p.query_rows + row);
+
+  const uint8_t* mask = mask_row(p, kv_head);
+  if (mask != nullptr) mask += key0 * p.mask_key;
+  copy_rows_async<kThreads, kPlanes>(smem.k, key_operand<Config>(p, kv_head).from(key0), num_keys, p.head_dim, mask,
+                                     p.mask_key);
+  copy_rows_async<kThreads, kPlanes>(smem.v, value_operand<Config>(p, kv_head).from(key0), num_keys, p.head_dim, mask,
+                                     p.mask_key);
+  if (threadIdx.x >= kKeys) return;  // whole warps
+  const int key = threadIdx.x;
+  const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
+  const uint32_t bits = __ballot_sync(0xffffffffu, visible);
+  if (key % 32 == 0) smem.visible[key / 32] = bits;
+  const bool folded = Config::kFoldsNorm && norm_is_folded<Config>(p);
+  const int64_t key_row = kv_head.first_row(p.b1, p.kv_heads, p.num_keys) + key0 + key;
+  if (folded && !Config::kExactCopies) {
+    ptx::cp_async_4(ptx::smem_address(&smem.key_factor[key]), visible ? p.k_rnorm + key_row : p.k_rnorm, visible);
+  } else {
+    smem.key_factor[key] = !visible ? 0.0f : folded ? folded_factor<Config>(p.k_rnorm[key_row]) : 1.0f;
+  }
 }
 
-template <class Traits>
-__device__ __forceinline__ void load_tile(typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
-                                          const DbiasWalk<Traits>& walk) {
-  ScoreBlock<Traits>::load_queries(smem, p, walk.head, walk.query0());
-  ScoreBlock<Traits>::load_keys(smem, p, kv_head_of(p, walk.head), walk.key0());
-}
+// The share of one warp: 16 kM queries x 8 kN keys, in accumulator layout.
+template <class Config>
+class DbiasWarp {
+  using Operand = typename Config::Operand;
+  using Storage = DbiasStorage<Config>;
+  using Stage = typename Storage::Stage;
+  static constexpr int kM = Config::kM, kN = Config::kN, kPlanes = Config::kPlanes, kChunk = Config::kChunkN;
+  static constexpr int kSteps = Config::kHeadDim / 16;
+  using QueryReader = RowsReader<typename Storage::QueryTile>;
+  using KeyReader = ChunksReader<typename Storage::KeyTile>;
 
-// bias * log2(e) of the tile that `walk` starts with: the same for all that share it.
-template <class Traits>
-__device__ __forceinline__ void load_bias(float (&bias)[2][ScoreBlock<Traits>::kN][2], const BackwardParams& p,
-                                          const DbiasWalk<Traits>& start) {
-  using Block = ScoreBlock<Traits>;
-  const BiasReader<Traits> reader(p, start.head);
-  const int query0 = start.query0(), key0 = start.key_blocks.first * Block::kKeys;
+  const int lane_ = threadIdx.x % 32;
+  const int row0_ = threadIdx.x / 32 / Config::kKeyWarps * (16 * kM);
+  const int column0_ = threadIdx.x / 32 % Config::kKeyWarps * (8 * kN);
+  float sum_[kM][kN][4], bias_[kM][kN][4];  // bias times log2(e)
+
+ public:
+  __device__ __forceinline__ int row_of(int m, int half) const { return row0_ + 16 * m + 8 * half + lane_ / 4; }
+  __device__ __forceinline__ int column_of(int n, int c) const { return column0_ + 8 * n + lane_ % 4 * 2 + c; }
+
+  // The bias is the same for all that share the tile.
+  __device__ __forceinline__ void start(const BackwardParams& p, const DbiasStep& owner) {
+    const BiasReader<Config> reader(p, owner.head);
+    const int query0 = owner.head.tile * Config::kQueries, key0 = owner.key_block * Config::kKeys;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < Block::kN; ++n) {
+      for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        bias[half][n][c] = reader(query0 + Block::row_of(half), key0 + Block::column_of(n, c));
+        for (int r = 0; r < 4; ++r) {
+          sum_[m][n][r] = 0.0f;
+          bias_[m][n][r] = reader(query0 + row_of(m, r / 2), key0 + column_of(n, r % 2));
+        }
       }
     }
   }
-}
 
-// dS of one tile, without any factor, added to `sum`.
-template <class Traits>
-__device__ __forceinline__ void add_tile(float (&sum)[1][ScoreBlock<Traits>::kN][4],
-                                         const float (&bias)[2][ScoreBlock<Traits>::kN][2],
-                                         const typename ScoreBlock<Traits>::Smem& smem, const BackwardParams& p,
-                                         const TileIndex& head, int query0, int key0) {
-  using Block = ScoreBlock<Traits>;
-  float ds[1][Block::kN][4];
-  Block::compute_ds(ds, smem, p, query0, key0, [&](int half, int n, int c) { return bias[half][n][c]; });
+  __device__ __forceinline__ void add(const Stage& smem, const BackwardParams& p, const DbiasStep& step) {
+    const int query0 = step.head.tile * Config::kQueries, key0 = step.key_block * Config::kKeys;
+    bool is_hidden = p.causal && key0 + column0_ + 8 * kN - 1 > query0 + row0_ + p.num_keys - p.num_queries;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float gradient = query_row(smem.query_rows, Block::row_of(half)).gradient;
-    float factor = gradient != 0.0f ? 1.0f / gradient : 0.0f;
-    if constexpr (Traits::kFloat) {
-      factor = 1.0f / scales_of<Traits>(p, kv_head_of(p, head)).ds / row_scale(p, head.head);
-    }
-#pragma unroll
-    for (int n = 0; n < Block::kN; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) sum[0][n][2 * half + c] += ds[0][n][2 * half + c] * factor;
+    for (int word = 0; word < kN / 4; ++word) is_hidden |= smem.visible[column0_ / 32 + word] != 0xffffffffu;
+    if (is_hidden) {
+      add_visible<true>(smem, p, step, query0, key0);
+    } else {
+      add_visible<false>(smem, p, step, query0, key0);
     }
   }
-}
+
+  // In the order of the threads, for the kernel that adds parts up.
+  __device__ __forceinline__ void store_part(float4* part) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float(&x)[4] = sum_[m][n];
+        part[(m * kN + n) * Config::kThreads + threadIdx.x] = make_float4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_parts(const float4* part, int num_parts, int64_t stride) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        float(&x)[4] = sum_[m][n];
+        x[0] = x[1] = x[2] = x[3] = 0.0f;
+        for (int i = 0; i < num_parts; ++i) {
+          const float4 y = part[i * stride + (m * kN + n) * Config::kThreads + threadIdx.x];
+          x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(float* tile) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) tile[row_of(m, r / 2) * Storage::kStride + column_of(n, r % 2)] = sum_[m][n][r];
+      }
+    }
+  }
+
+ private:
+  struct Rows {
+    float score[kM][2], shift[kM][2], delta[kM][2];
+  };
+
+  // P (dP gradient + offset), less the factors of the row, is P' (dP + offset / gradient): of float32 the powers of two
+  // that the operands carry go into the exponent of P'.
+  __device__ __forceinline__ Rows rows_of(const Stage& smem, const BackwardParams& p, const DbiasStep& step) const {
+    float factor = 1.0f;
+    if constexpr (Config::kFloat) {
+      factor = 1.0f / scales_of<Config>(p, kv_head_of(p, step.head)).ds / row_scale(p, step.head.head);
+    }
+    Rows rows;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const QueryRow row = query_row(smem.query_rows, row_of(m, half));
+        rows.score[m][half] = row.score;
+        rows.shift[m][half] = row.shift;
+        if constexpr (Config::kFloat) rows.shift[m][half] += log2f(row.gradient * factor);
+        rows.delta[m][half] = row.gradient != 0.0f ? row.offset / row.gradient : 0.0f;
+      }
+    }
+    return rows;
+  }
+
+  template <bool kHidden>
+  __device__ __forceinline__ void add_visible(const Stage& smem, const BackwardParams& p, const DbiasStep& step,
+                                              int query0, int key0) {
+    const Rows rows = rows_of(smem, p, step);
+    const QueryReader q(smem.q, row0_, 0), dout(smem.dout, row0_, 0);
+    uint32_t held_q[Config::kHoldRows ? kSteps : 1][kPlanes * kM][4];
+    uint32_t held_dout[Config::kHoldRows ? kSteps : 1][kPlanes * kM][4];
+    if constexpr (Config::kHoldRows) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        load_rows(held_q[step], q, step);
+        load_rows(held_dout[step], dout, step);
+      }
+    }
+#pragma unroll
+    for (int n0 = 0; n0 < kN; n0 += kChunk) {
+      const KeyReader k(smem.k, column0_ + 8 * n0, 0), v(smem.v, column0_ + 8 * n0, 0);
+      float s[kM][kChunk][4], dp[kM][kChunk][4];
+      set_zero(s);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kChunk; ++n) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) dp[m][n][r] = rows.delta[m][r / 2];
+        }
+      }
+      multiply(s, held_q, q, k);
+      multiply(dp, held_dout, dout, v);
+#pragma unroll
+      for (int n = 0; n < kChunk; ++n) {
+        const int column = column0_ + 8 * (n0 + n) + lane_ % 4 * 2;
+        const float2 factors = *reinterpret_cast<const float2*>(smem.key_factor + column);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float t = Config::kFoldsNorm ? s[m][n][r] * (r % 2 == 0 ? factors.x : factors.y) : s[m][n][r];
+            float x = fmaf(t, rows.score[m][r / 2], bias_[m][n0 + n][r] + rows.shift[m][r / 2]);
+            if constexpr (kHidden) {
+              const bool visible = (smem.visible[column / 32] >> (column % 32 + r % 2) & 1) &&
+                                   (!p.causal || key0 + column + r % 2 <=
+                                                     query0 + row_of(m, r / 2) + p.num_keys - p.num_queries);
+              x = visible ? x : -INFINITY;
+            }
+            sum_[m][n0 + n][r] = fmaf(ptx::exp2_approx(x), dp[m][n][r], sum_[m][n0 + n][r]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void load_rows(uint32_t (&a)[kPlanes * kM][4], const QueryReader& rows, int step) {
+#pragma unroll
+    for (int i = 0; i < kPlanes * kM; ++i) rows.load(a[i], i / kM * Config::kQueries + 16 * (i % kM), 2 * step);
+  }
+
+  // acc += rows keys^T over the head dim, for kChunk n8 tiles of keys.
+  template <int kHeld>
+  __device__ __forceinline__ static void multiply(float (&acc)[kM][kChunk][4],
+                                                  const uint32_t (&held)[kHeld][kPlanes * kM][4],
+                                                  const QueryReader& rows, const KeyReader& keys) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[kPlanes * kM][4];
+      if constexpr (Config::kHoldRows) {
+#pragma unroll
+        for (int i = 0; i < 4 * kPlanes * kM; ++i) a[i / 4][i % 4] = held[step][i / 4][i % 4];
+      } else {
+        load_rows(a, rows, step);
+      }
+#pragma unroll
+      for (int n = 0; n < kChunk; n += 2) {
+        uint32_t b[kPlanes][4];
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) keys.load(b[plane], plane * Config::kKeys + 8 * n, 2 * step);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) multiply_pair<Operand, kPlanes, kM>(acc[m][n], acc[m][n + 1], a, m, b);
+      }
+    }
+  }
+};
 
 // The tile out of shared memory, summed over its rows and columns where the bias is broadcast along them.
-template <class Traits>
-__device__ __forceinline__ void write_tile(const float* tile, const BackwardParams& p, int64_t offset, int num_rows,
-                                           int num_columns) {
-  constexpr int kStride = DbiasStorage<Traits>::kStride;
+template <class Config>
+__device__ __forceinline__ void write_tile(const float* tile, const BackwardParams& p, const DbiasOwner<Config>& owner) {
+  constexpr int kStride = DbiasStorage<Config>::kStride;
+  const int num_rows = min(Config::kQueries, p.num_queries - owner.q_blocks.first * Config::kQueries);
+  const int num_columns = min(Config::kKeys, p.num_keys - owner.key_blocks.first * Config::kKeys);
   const int rows = p.dbias_query == 0 ? 1 : num_rows, row_span = p.dbias_query == 0 ? num_rows : 1;
   const int columns = p.dbias_key == 0 ? 1 : num_columns, column_span = p.dbias_key == 0 ? num_columns : 1;
-  for (int i = threadIdx.x; i < rows * columns; i += ScoreBlock<Traits>::kThreads) {
+  const int64_t offset = owner.offset(p);
+  for (int i = threadIdx.x; i < rows * columns; i += Config::kThreads) {
     const int row = i / columns, column = i % columns;
     float sum = 0.0f;
     for (int r = row; r < row + row_span; ++r) {
       for (int c = column; c < column + column_span; ++c) sum += tile[r * kStride + c];
     }
-    const int64_t target = offset + row * p.dbias_query + column * p.dbias_key;
-    if (p.bias_is_float32) {
-      static_cast<float*>(p.dbias)[target] = sum;
-    } else {
-      static_cast<typename Traits::Element*>(p.dbias)[target] = from_float<typename Traits::Element>(sum);
-    }
+    store_dbias<Config>(p, offset + row * p.dbias_query + column * p.dbias_key, sum);
   }
 }
 
-template <class Traits>
-__global__ void __launch_bounds__(ScoreBlock<Traits>::kThreads)
-    backward_dbias_kernel(const __grid_constant__ BackwardParams p) {
-  using Block = ScoreBlock<Traits>;
+// Of a part of the sharers; grid: tiles, then parts.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    backward_dbias_kernel(const __grid_constant__ BackwardParams p, const DbiasParts parts) {
   extern __shared__ __align__(128) char shared_memory[];
-  using Storage = DbiasStorage<Traits>;
+  using Storage = DbiasStorage<Config>;
+  constexpr int kStages = Config::kStages;
   Storage& storage = *reinterpret_cast<Storage*>(shared_memory);
-  const DbiasWalk<Traits> start(p, blockIdx.x);
-  DbiasWalk<Traits> next = start;
-  float sum[1][Block::kN][4], bias[2][Block::kN][2];
-  set_zero(sum);
-  load_bias<Traits>(bias, p, start);
+  const DbiasOwner<Config> owner(p, blockIdx.x % parts.tiles);
+  const int part = blockIdx.x / parts.tiles, first = part * parts.sharers_a_part;
+  const int end = min(first + parts.sharers_a_part, owner.num_sharers());
+  DbiasWarp<Config> warp;
+  warp.start(p, owner.sharer(0));
 
-  bool has_next = next.advance(p);
-  if (has_next) load_tile<Traits>(storage.stage[0], p, next);
+  int next = owner.next_visible(p, first, end);
+  if (next < end) load_step<Config>(storage.stage[0], p, owner.sharer(next));
   ptx::cp_async_commit();
-  for (int stage = 0; has_next; stage = (stage + 1) % Storage::kStages) {
-    const TileIndex head = next.head;
-    const int query0 = next.query0(), key0 = next.key0();
-    has_next = next.advance(p);
+#pragma unroll 1
+  for (int stage = 0; next < end; stage = (stage + 1) % kStages) {
+    const DbiasStep step = owner.sharer(next);
+    next = owner.next_visible(p, next + 1, end);
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this tile is there; nobody reads the one before
-    if (Storage::kStages == 2 && has_next) load_tile<Traits>(storage.stage[1 - stage], p, next);
-    add_tile<Traits>(sum, bias, storage.stage[stage], p, head, query0, key0);
-    if constexpr (Storage::kStages == 1) {
-      __syncthreads();  // nobody reads this tile any more
-      if (has_next) load_tile<Traits>(storage.stage[0], p, next);
+    __syncthreads();  // this step's operands are there; nobody reads those of the step before
+    if (kStages == 2 && next < end) load_step<Config>(storage.stage[(stage + 1) % kStages], p, owner.sharer(next));
+    warp.add(storage.stage[stage], p, step);
+    if constexpr (kStages == 1) {
+      __syncthreads();  // nobody reads these operands any more
+      if (next < end) load_step<Config>(storage.stage[0], p, owner.sharer(next));
     }
     ptx::cp_async_commit();
   }
-
-  __syncthreads();
-  const int lane = threadIdx.x % 32, row0 = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll
-  for (int n = 0; n < Block::kN; ++n) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      storage.tile[(row0 + r / 2 * 8) * Storage::kStride + 8 * n + lane % 4 * 2 + r % 2] = sum[0][n][r];
-    }
+  if (parts.count > 1) {
+    warp.store_part(reinterpret_cast<float4*>(p.dbias_parts) + blockIdx.x * (Config::kTileFloats / 4));
+    return;
   }
   __syncthreads();
-  const int query0 = start.q_blocks.first * Block::kQueries, key0 = start.key_blocks.first * Block::kKeys;
-  const int64_t offset = start.b0.first * p.dbias_b0 + start.b1.first * p.dbias_b1 +
-                         start.heads.first * p.dbias_head + query0 * p.dbias_query + key0 * p.dbias_key;
-  write_tile<Traits>(storage.tile, p, offset, min(Block::kQueries, p.num_queries - query0),
-                     min(Block::kKeys, p.num_keys - key0));
+  warp.store_tile(storage.tile);
+  __syncthreads();
+  write_tile<Config>(storage.tile, p, owner);
+}
+
+// Adds the parts of one tile up, in their order.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    backward_dbias_sum_kernel(const __grid_constant__ BackwardParams p, const DbiasParts parts) {
+  extern __shared__ __align__(128) char shared_memory[];
+  float* tile = reinterpret_cast<DbiasStorage<Config>*>(shared_memory)->tile;
+  constexpr int64_t kTileFours = Config::kTileFloats / 4;
+  DbiasWarp<Config> warp;
+  warp.load_parts(reinterpret_cast<const float4*>(p.dbias_parts) + blockIdx.x * kTileFours, parts.count,
+                  parts.tiles * kTileFours);
+  warp.store_tile(tile);
+  __syncthreads();
+  write_tile<Config>(tile, p, DbiasOwner<Config>(p, blockIdx.x));
+}
+
+// The same for a bias that has queries and keys: one fragment of the accumulators a block, each element for itself.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    backward_dbias_sum_fragments_kernel(const __grid_constant__ BackwardParams p, const DbiasParts parts) {
+  constexpr int kFragments = Config::kM * Config::kN;
+  constexpr int64_t kTileFours = Config::kTileFloats / 4;
+  const int fragment = blockIdx.x % kFragments;
+  const DbiasOwner<Config> owner(p, blockIdx.x / kFragments);
+  const float4* part = reinterpret_cast<const float4*>(p.dbias_parts) + blockIdx.x / kFragments * kTileFours +
+                       fragment * Config::kThreads + threadIdx.x;
+  float sum[4] = {};
+#pragma unroll 4
+  for (int i = 0; i < parts.count; ++i) {
+    const float4 x = part[i * parts.tiles * kTileFours];
+    sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+  }
+  DbiasWarp<Config> warp;
+  const int64_t offset = owner.offset(p);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int row = warp.row_of(fragment / Config::kN, r / 2), column = warp.column_of(fragment % Config::kN, r % 2);
+    const bool valid = owner.q_blocks.first * Config::kQueries + row < p.num_queries &&
+                       owner.key_blocks.first * Config::kKeys + column < p.num_keys;
+    if (valid) store_dbias<Config>(p, offset + row * p.dbias_query + column * p.dbias_key, sum[r]);
+  }
+}
+
+template <class Config>
+cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
+  int device = 0, multiprocessors = 1;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const DbiasParts parts = dbias_parts<Config>(p, multiprocessors);
+  if (parts.count == 0) return cudaErrorInvalidConfiguration;
+  const int64_t tiles = parts.tiles;
+  constexpr int kBytes = sizeof(DbiasStorage<Config>), kTileBytes = sizeof(DbiasStorage<Config>::tile);
+  error = launch_blocks<backward_dbias_kernel<Config>>(p, parts, tiles * parts.count, Config::kThreads, kBytes, stream);
+  if (error != cudaSuccess || parts.count == 1) return error;
+  if (p.dbias_query == 0 || p.dbias_key == 0) {
+    return launch_blocks<backward_dbias_sum_kernel<Config>>(p, parts, tiles, Config::kThreads, kTileBytes, stream);
+  }
+  return launch_blocks<backward_dbias_sum_fragments_kernel<Config>>(p, parts, tiles * Config::kM * Config::kN,
+                                                                    Config::kThreads, 0, stream);
+}
+
+template <class Traits>
+cudaError_t launch_dbias(const BackwardParams& p, cudaStream_t stream) {
+  using Large = DbiasConfig<Traits, false>;
+  using Small = DbiasConfig<Traits, true>;
+  static_assert(sizeof(DbiasStorage<Small>) <= kSmallSharedMemory && sizeof(DbiasStorage<Large>) <= 163 * 1024);
+  if constexpr (sizeof(DbiasStorage<Large>) > kSmallSharedMemory) {
+    int device = 0, limit = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error != cudaSuccess) return error;
+    if (limit < static_cast<int>(sizeof(DbiasStorage<Large>))) return launch_dbias_tiles<Small>(p, stream);
+  }
+  return launch_dbias_tiles<Large>(p, stream);
 }
 
 }  // namespace fcsa::sm80
