@@ -98,7 +98,7 @@ class CudaKernels:
             return None
         grouped_scale = problem.scale is not None and q.shape[2] != problem.k.shape[2]
         sizes = (q.shape[-1], problem.v.shape[-1], problem.groups)
-        key = (q.device, dtype, sizes, feature, has_mask, grouped_scale, problem.toeplitz)
+        key = (pass_name, q.device, dtype, sizes, feature, has_mask, grouped_scale)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -121,11 +121,6 @@ class CudaKernels:
                 refusal(arch, capability)
                 or why_none(arch, pass_name, dtype, width, feature)
                 or (_sm90_refusal(pass_name, problem, width) if arch == "sm90" else None)
-                or (
-                    "the kernels take attn_bias as a dense tensor only, not as a PositionBias"
-                    if problem.toeplitz
-                    else None
-                )
             )
             if reason is None:
                 assert capability is not None
@@ -195,7 +190,9 @@ def _kernel_dtype(q: Tensor, pass_name: str) -> str:
 
 def _feature(pass_name: str, problem: Problem) -> str:
     if pass_name == "backward":
-        return "plain" if problem.bias is None else "bias"
+        return "plain" if problem.bias is None else "toeplitz" if problem.toeplitz else "bias"
+    if problem.toeplitz:
+        return "toeplitz"
     bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
 
@@ -224,6 +221,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         groups,
         problem.causal,
         norm,
+        problem.toeplitz,
         out,
         outputs.lse,
         outputs.q_rnorm if norm else None,
@@ -268,6 +266,7 @@ def launch_backward(
         groups,
         problem.causal,
         norm,
+        problem.toeplitz,
         readable(dout, 1, width),
         None if dlse is None else dlse.to(torch.float32).contiguous(),
         readable(outputs.out, 1, width),
@@ -299,8 +298,12 @@ def launch_backward(
 
 
 def _dbias_parts(problem: Problem, dbias: Tensor | None) -> Tensor | None:
-    """Room for sums over parts of what shares one bias, added up afterwards: at most DBIAS_PARTS floats."""
+    """Room for sums over parts of what shares one bias, added up afterwards: at most DBIAS_PARTS floats; for a bias by
+    its diagonals O(i + j) of each (b0, b1, h), the windows of csrc/sm80/backward_ddiagonals.cuh.
+    """
     (b0, b1, h, i, _), j = problem.q.shape, problem.k.shape[-2]
+    if dbias is not None and problem.toeplitz:
+        return workspace(problem.q, (b0 * b1 * h * (2 * -(-i // 64) + -(-j // 32)) * 96,))
     if dbias is None or dbias.numel() == b0 * b1 * h * i * j:
         return None
     padded = b0 * b1 * h * (-(-i // 128) * 128) * (-(-j // 128) * 128)

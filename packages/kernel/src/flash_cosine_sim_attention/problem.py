@@ -117,7 +117,7 @@ def _with_diagonals(
     Merged (b * h, n, d) with a bias of h heads get batch dims (b, h) with one head each: a mask may tell heads apart.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    diagonals = bias.diagonals(q.shape[-2], k.shape[-2], wide).unsqueeze(-2)
+    diagonals = bias.diagonals(q.shape[-2], k.shape[-2], wide).contiguous().unsqueeze(-2)
     heads = bias.leading[-1]
     if q.ndim == 3 and heads != 1:
         q, k, v = (x.unflatten(0, (-1, heads)).unsqueeze(2) for x in (q, k, v))

@@ -22,8 +22,8 @@ class Row:
     """All combinations of what it lists.
 
     Dtype "tf32": float32 tensors, with products as coarse as TF32's. Features of a forward: "bounded" (the shift of the
-    softmax is known before the launch), "running_max" (tracked; the one that takes a bias). Of a backward: "plain",
-    "bias".
+    softmax is known before the launch), "running_max" (tracked; the one that takes a bias), "toeplitz" (tracked, with a
+    bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
     """
 
     arch: str
@@ -34,11 +34,11 @@ class Row:
 
 
 TABLE = (
-    Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max")),
-    Row("sm80", "forward", ("float32",), HEAD_DIMS[:4], ("running_max",)),
-    Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max",)),
-    Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias")),
-    Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias")),
+    Row("sm80", "forward", HALF, HEAD_DIMS, ("bounded", "running_max", "toeplitz")),
+    Row("sm80", "forward", ("float32",), HEAD_DIMS[:4], ("running_max", "toeplitz")),
+    Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max", "toeplitz")),
+    Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias", "toeplitz")),
+    Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias", "toeplitz")),
     Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded",)),
     Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
@@ -76,10 +76,12 @@ what there is.
 
 _ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float", "tf32": "fcsa::Tf32"}
 _FEATURE_ARGUMENTS = {
-    "bounded": "fcsa::Softmax::kBounded",
-    "running_max": "fcsa::Softmax::kRunningMax",
-    "plain": "false",
-    "bias": "true",
+    ("forward", "bounded"): "fcsa::Softmax::kBounded",
+    ("forward", "running_max"): "fcsa::Softmax::kRunningMax",
+    ("forward", "toeplitz"): "fcsa::Softmax::kRunningMax, true",
+    ("backward", "plain"): "false",
+    ("backward", "bias"): "true",
+    ("backward", "toeplitz"): "true, true",
 }
 
 
@@ -107,7 +109,7 @@ class Variant:
         """The stub that instantiates the kernel; written to the build folder only."""
         title = self.pass_name.capitalize()
         traits = f"fcsa::{self.arch}::{title}Traits<{_ELEMENTS[self.dtype]}, {self.head_dim}, "
-        traits += f"{_FEATURE_ARGUMENTS[self.feature]}>"
+        traits += f"{_FEATURE_ARGUMENTS[self.pass_name, self.feature]}>"
         return (
             f'#include "{self.arch}/{self.pass_name}.cuh"\n\n'
             f'extern "C" __attribute__((visibility("default"))) cudaError_t {self.name}(\n'

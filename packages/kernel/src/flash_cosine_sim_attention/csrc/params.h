@@ -35,6 +35,7 @@ struct Problem {
   int64_t mask_b0, mask_b1, mask_key;
 
   const void* bias;  // (b0, b1, h, i, j); stride 0 where broadcast; nullptr: none
+  // Variants "toeplitz": float32 by diagonals, (b0, b1, h, i + j - 1), the pointer at entry i - 1, strides -1 and 1.
   int64_t bias_b0, bias_b1, bias_head, bias_query, bias_key;
   bool bias_is_float32;  // else the dtype of q
 
@@ -78,7 +79,7 @@ struct BackwardParams : Problem {
   Strides dk_strides;
   void* dv;  // (b0, b1, hk, j, d)
   Strides dv_strides;
-  void* dbias;  // dtype of bias; summed over every dim whose stride here is 0
+  void* dbias;  // dtype of bias; summed over every dim whose stride here is 0; toeplitz: (b0, b1, h, i + j - 1)
   int64_t dbias_b0, dbias_b1, dbias_head, dbias_query, dbias_key;
   float* dscale_rows;  // (b0, b1, h, i) contiguous: sum_j dS_ij cos_ij; the host sums it to (h,)
 

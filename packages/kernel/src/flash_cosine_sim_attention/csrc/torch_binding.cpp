@@ -125,7 +125,7 @@ struct Sizes {
 struct Options {
   double scale_value;
   int64_t groups;
-  bool causal, l2norm_qk;
+  bool causal, l2norm_qk, toeplitz;
 };
 
 Sizes sizes_of(const Tensor& q, const Tensor& k, int64_t groups) {
@@ -151,8 +151,25 @@ void set_mask(fcsa::Problem& p, const OptionalTensor& mask, const Tensor& q, con
   p.mask_key = broadcast_stride(*mask, 2);
 }
 
-void set_bias(fcsa::Problem& p, const OptionalTensor& bias, const Tensor& q, const Sizes& s) {
+// By its diagonals (b0, b1, h, 1, i + j - 1): entry (i, j) is number num_queries - 1 + j - i.
+void set_toeplitz_bias(fcsa::Problem& p, const Tensor& bias, const Tensor& q, const Sizes& s) {
+  const int64_t count = s.queries + s.keys - 1;
+  check_broadcasts("bias", bias, {s.b0, s.b1, s.heads, 1, count});
+  check_dtype("bias", bias, ScalarType::Float);
+  check_device("bias", bias, q);
+  if (bias.size(4) != count || (count > 1 && bias.stride(4) != 1)) fail("bias", "contiguous diagonals", shape_of(bias));
+  p.bias_is_float32 = true;
+  p.bias = static_cast<const float*>(bias.data_ptr()) + (s.queries - 1);
+  p.bias_b0 = broadcast_stride(bias, 0);
+  p.bias_b1 = broadcast_stride(bias, 1);
+  p.bias_head = broadcast_stride(bias, 2);
+  p.bias_query = -1;
+  p.bias_key = 1;
+}
+
+void set_bias(fcsa::Problem& p, const OptionalTensor& bias, const Tensor& q, const Sizes& s, bool toeplitz) {
   if (!bias.has_value()) return;
+  if (toeplitz) return set_toeplitz_bias(p, *bias, q, s);
   check_broadcasts("bias", *bias, {s.b0, s.b1, s.heads, s.queries, s.keys});
   p.bias_is_float32 = bias->scalar_type() == ScalarType::Float;
   if (!p.bias_is_float32) check_dtype("bias", *bias, q.scalar_type());
@@ -197,7 +214,7 @@ void set_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, const Tenso
   p.k = rows_data("k", k, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.k_strides);
   p.v = rows_data("v", v, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim}, p.v_strides);
   set_mask(p, mask, q, s);
-  set_bias(p, bias, q, s);
+  set_bias(p, bias, q, s, options.toeplitz);
   p.scale = float_data("scale", scale, q, {s.heads});
   p.scale_value = static_cast<float>(options.scale_value);
   p.q_unit = unit_data("q_unit", q_unit, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim});
@@ -234,11 +251,11 @@ void launch(int64_t address, const Params& params, const Tensor& q, const char* 
 
 void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
                     OptionalTensor scale, double scale_value, double bound, int64_t groups, bool causal, bool l2norm_qk,
-                    Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
+                    bool toeplitz, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
                     OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::ForwardParams p{};
-  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
+  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
   p.out = rows_data("out", out, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.out_strides);
   p.lse = float_data("lse", lse, q, {s.b0, s.b1, s.heads, s.queries});
   p.q_rnorm = float_data("q_rnorm", q_rnorm, q, {s.b0, s.b1, s.heads, s.queries, s.groups});
@@ -250,7 +267,8 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
 }
 
 void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
-                     OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk, Tensor dout,
+                     OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk,
+                     bool toeplitz, Tensor dout,
                      OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
                      OptionalTensor dq, OptionalTensor dk, OptionalTensor dv, OptionalTensor dbias,
                      OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum, OptionalTensor q_unit,
@@ -258,7 +276,7 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
                      OptionalTensor dout_largest, OptionalTensor dbias_parts, bool deterministic) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::BackwardParams p{};
-  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk}, s);
+  set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
   p.dout = rows_data("dout", dout, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.dout_strides);
   p.out = rows_data("out", out, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim}, p.out_strides);
   p.dlse = float_data("dlse", dlse, q, {s.b0, s.b1, s.heads, s.queries});
@@ -291,13 +309,13 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
   m.def(
       "launch_forward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
-      "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, Tensor(a!) out, Tensor(b!) lse, "
-      "Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
+      "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, bool toeplitz, "
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
       "Tensor(h!)? v_largest) -> ()");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
-      "float scale_value, int groups, bool causal, bool l2norm_qk, Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-      "Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
+      "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, "
+      "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
       "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? q_unit, Tensor(i!)? k_unit, "
       "Tensor(j!)? v_split, Tensor(k!)? v_largest, Tensor(l!)? dout_split, Tensor(m!)? dout_largest, "
       "Tensor(n!)? dbias_parts, bool deterministic) -> ()");

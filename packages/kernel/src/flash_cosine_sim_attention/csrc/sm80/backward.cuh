@@ -5,11 +5,12 @@
 //   preprocess           query_rows, zeros in dq_accum
 //   backward_dkdv        dk, dv, dq_accum
 //   dq_postprocess       dq, dscale_rows          or, deterministic: backward_dq
-//   backward_dbias       dbias
+//   backward_dbias       dbias              or, of a bias by its diagonals: backward_bands, backward_windows
 #pragma once
 
 #include "../common/backward_copies.cuh"
 #include "backward_dbias.cuh"
+#include "backward_ddiagonals.cuh"
 #include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
 #include "backward_launch.cuh"
@@ -80,7 +81,9 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
     error = launch_blocks<backward_dq_kernel<Traits>>(p, blocks, Block::kThreads, sizeof(DqStorage<Traits>), stream);
     if (error != cudaSuccess) return error;
   }
-  if constexpr (Traits::kHasBias) {
+  if constexpr (Traits::kToeplitz) {
+    if (p.dbias != nullptr) return launch_ddiagonals<Traits>(p, stream);
+  } else if constexpr (Traits::kHasBias) {
     if (p.dbias != nullptr) return launch_dbias<Traits>(p, stream);
   }
   return cudaSuccess;

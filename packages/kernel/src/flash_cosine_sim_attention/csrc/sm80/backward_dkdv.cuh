@@ -8,6 +8,7 @@
 //   dv += P^T dO          dk += dS'^T Q          dq (queries x d) = dS' K, dS' through shared memory
 #pragma once
 
+#include "../common/diagonal_window.cuh"
 #include "backward_dq_accum.cuh"
 #include "backward_tiles.cuh"
 #include "backward_traits.cuh"
@@ -193,6 +194,32 @@ struct ChunkBias {
   }
 };
 
+// The same of a bias by its diagonals. Element (m, half, n, c) lies on diagonal 8 (2 m + half - n) - c.
+template <class Config>
+struct ToeplitzChunkBias {
+  static constexpr int kBelow = Config::kChunkQ / 8 - 1;
+  DiagonalWindow<2 * Config::kKeyTiles + kBelow> window;
+
+  __device__ __forceinline__ void read(float (&x)[Config::kKeyTiles][2][2], int n) const {
+#pragma unroll
+    for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][i / 2][i % 2] = window.values[2 * m + i / 2 - n + kBelow][1 - i % 2];
+    }
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ ToeplitzChunkBias<Config> toeplitz_chunk_bias(const BackwardParams& p,
+                                                                         const BiasReader<Config>& reader, int query0,
+                                                                         int key0) {
+  ToeplitzChunkBias<Config> bias;
+  const int key_minus_query = key0 + threadIdx.x % 32 / 4 - query0 - threadIdx.x % 4 * 2;
+  bias.window.load(p, static_cast<const float*>(reader.base),
+                   key_minus_query - 8 * ToeplitzChunkBias<Config>::kBelow - 1);
+  return bias;
+}
+
 template <class Config>
 __device__ __forceinline__ ChunkBias<Config> chunk_bias(const typename DkDvStorage<Config>::Loop& smem,
                                                         const BiasReader<Config>& reader, int query0, int key0, int row,
@@ -206,10 +233,10 @@ __device__ __forceinline__ ChunkBias<Config> chunk_bias(const typename DkDvStora
 }
 
 // P^T in place of S^T, in n8 tile n. rows: records of the chunk's queries.
-template <class Config, int kN>
+template <class Config, int kN, class Bias>
 __device__ __forceinline__ void exponentiate(float (&s)[Config::kKeyTiles][kN][4], int n,
                                              const ThreadKeys<Config>& keys, const float4* rows,
-                                             const ChunkBias<Config>& bias) {
+                                             const Bias& bias) {
   const float4 pair = rows[8 * n + threadIdx.x % 4 * 2];
   const float score[2] = {pair.x, pair.y}, row_shift[2] = {pair.z, pair.w};
   float tile_bias[Config::kKeyTiles][2][2] = {};
@@ -402,7 +429,13 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
   set_zero(p);
   multiply_rows<Operand, kPlanes, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
                                                     ChunksReader<QueryTile>(smem.q[stage], row, 0));
-  const ChunkBias<Config> bias = chunk_bias<Config>(smem, reader, query0 + row, key0, row, first_key);
+  const auto bias = [&] {
+    if constexpr (Config::kToeplitz) {
+      return toeplitz_chunk_bias<Config>(params, reader, query0 + row, key0);
+    } else {
+      return chunk_bias<Config>(smem, reader, query0 + row, key0, row, first_key);
+    }
+  }();
   const auto exponentiate_part = [&](int i, int parts) {
     for_tiles<kN>(i, parts, [&](int n) { exponentiate<Config>(p, n, keys, rows, bias); });
   };

@@ -65,11 +65,14 @@ constexpr BackwardTile small_split_backward_tile(int head_dim) {
   }
 }
 
-template <class Element_, int kHeadDim_, bool kHasBias_>
+// kToeplitz: the bias depends on key - query alone.
+template <class Element_, int kHeadDim_, bool kHasBias_, bool kToeplitz_ = false>
 struct BackwardTraits {
   using Element = std::conditional_t<std::is_same_v<Element_, Tf32>, float, Element_>;  // of the tensors
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHasBias = kHasBias_;
+  static constexpr bool kToeplitz = kToeplitz_;
+  static_assert(kHasBias || !kToeplitz);
   static constexpr bool kFloat = std::is_same_v<Element, float>;       // multiplied as halves, from copies
   static constexpr int kPlanes = std::is_same_v<Element_, float> ? 2 : 1;  // hi and lo, in three products
   using Operand = std::conditional_t<kFloat, __half, Element>;         // of the matrix products
@@ -89,7 +92,7 @@ template <class Traits, bool kSmall, bool kAll_>
 struct BackwardConfig : Traits {
   static constexpr bool kAll = kAll_;
   // A bias tile comes with the queries' by cp.async; else a bias is read element by element (`bias_can_be_staged`).
-  static constexpr bool kStagedBias = kAll && Traits::kHasBias && !Traits::kFloat;
+  static constexpr bool kStagedBias = kAll && Traits::kHasBias && !Traits::kToeplitz && !Traits::kFloat;
   using typename Traits::Element;
   using Traits::kHeadDim;
   using Traits::kPlanes;

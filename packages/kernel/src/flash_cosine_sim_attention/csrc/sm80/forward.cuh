@@ -76,15 +76,20 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
 
 template <class Config>
 cudaError_t launch_with_bias(const ForwardParams& p, cudaStream_t stream) {
-  if constexpr (Config::kSoftmax == Softmax::kRunningMax) {
-    // Where the elements are float32 the bias is as well.
-    if (p.bias != nullptr && (Config::kFloat || p.bias_is_float32))
-      return launch_forward_kernel<Config, Bias::kFloat32>(p, stream);
-    if constexpr (!Config::kFloat) {
-      if (p.bias != nullptr) return launch_forward_kernel<Config, Bias::kElement>(p, stream);
+  if constexpr (Config::kToeplitz) {
+    if (p.bias == nullptr || !p.bias_is_float32) return cudaErrorInvalidValue;
+    return launch_forward_kernel<Config, Bias::kToeplitz>(p, stream);
+  } else {
+    if constexpr (Config::kSoftmax == Softmax::kRunningMax) {
+      // Where the elements are float32 the bias is as well.
+      if (p.bias != nullptr && (Config::kFloat || p.bias_is_float32))
+        return launch_forward_kernel<Config, Bias::kFloat32>(p, stream);
+      if constexpr (!Config::kFloat) {
+        if (p.bias != nullptr) return launch_forward_kernel<Config, Bias::kElement>(p, stream);
+      }
     }
+    return launch_forward_kernel<Config, Bias::kNone>(p, stream);
   }
-  return launch_forward_kernel<Config, Bias::kNone>(p, stream);
 }
 
 template <class Traits>

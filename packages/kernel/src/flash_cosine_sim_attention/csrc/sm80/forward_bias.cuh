@@ -3,13 +3,14 @@
 
 #include <type_traits>
 
+#include "../common/diagonal_window.cuh"
 #include "../common/softmax.cuh"
 #include "../common/tile_index.cuh"
 #include "../common/vectorized.cuh"
 
 namespace fcsa::sm80 {
 
-enum class Bias { kNone, kElement, kFloat32 };
+enum class Bias { kNone, kElement, kFloat32, kToeplitz };
 
 template <class Config, Bias kBias>
 class BiasChunk {
@@ -84,6 +85,29 @@ class BiasChunk<Config, Bias::kNone> {
  public:
   __device__ __forceinline__ void load(const Problem&, const TileIndex&, int, int) {}
   __device__ __forceinline__ void add_to(float (&)[Config::kRowTiles][Config::kScoreTiles][4]) const {}
+};
+
+// Element (m, n, half, c) lies on diagonal 8 (n - 2 m - half) + c, counted from that of the first.
+template <class Config>
+class BiasChunk<Config, Bias::kToeplitz> {
+  static constexpr int kAbove = 2 * Config::kRowTiles - 1;
+  DiagonalWindow<Config::kScoreTiles + kAbove> window_;
+
+ public:
+  __device__ __forceinline__ void load(const Problem& p, const TileIndex& index, int first_row, int first_key) {
+    window_.load(p, bias_diagonals(p, index), first_key - first_row - 8 * kAbove);
+  }
+
+  __device__ __forceinline__ void add_to(float (&x)[Config::kRowTiles][Config::kScoreTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < Config::kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < Config::kScoreTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[m][n][e] += window_.values[n - 2 * m - e / 2 + kAbove][e % 2];
+      }
+    }
+  }
 };
 
 }  // namespace fcsa::sm80

@@ -11,11 +11,13 @@
 
 namespace fcsa::sm80 {
 
-template <class Element_, int kHeadDim_, Softmax kSoftmax_>
+// kToeplitz: there is a bias, and it depends on key - query alone.
+template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kToeplitz_ = false>
 struct ForwardTraits {
   using Element = std::conditional_t<std::is_same_v<Element_, Tf32>, float, Element_>;  // of q, k, v and out
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
+  static constexpr bool kToeplitz = kToeplitz_;
   static constexpr bool kFloat = std::is_same_v<Element, float>;   // multiplied as halves, from copies (norm/split.cuh)
   static constexpr bool kSplit = std::is_same_v<Element_, float>;  // as hi and lo, in three products
   using Operand = std::conditional_t<kFloat, __half, Element>;     // of the matrix products
