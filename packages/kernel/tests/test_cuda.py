@@ -250,6 +250,7 @@ class TestOperatorArguments:
             a = {
                 "launcher": address, "q": q, "k": q, "v": q, "mask": None, "bias": None, "scale": None,
                 "scale_value": 8.0, "bound": 8.0, "groups": 1, "causal": False, "l2norm_qk": False,
+                "toeplitz": False,
                 "out": torch.empty_like(q), "lse": q.new_empty(1, 1, 2, 5, dtype=torch.float32), "q_rnorm": None,
                 "k_rnorm": None, "q_unit": None, "k_unit": None, "v_split": None, "v_largest": None,
             }  # fmt: skip
@@ -271,6 +272,9 @@ class TestOperatorArguments:
             ({"mask": torch.ones(1, 1, 4, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
             ({"bias": torch.ones(1, 1, 3, 1, 1)}, "bias: expected a shape that broadcasts"),
             ({"bias": torch.ones(1, 1, 1, 1, 1).half()}, "bias: expected dtype"),
+            ({"bias": torch.ones(1, 1, 1, 1, 8), "toeplitz": True}, "bias: expected a shape that broadcasts"),
+            ({"bias": torch.ones(1, 1, 1, 1, 9).half(), "toeplitz": True}, "bias: expected dtype"),
+            ({"bias": torch.ones(1, 1, 1, 1, 18)[..., ::2], "toeplitz": True}, "bias: expected contiguous diagonals"),
             ({"scale": torch.ones(1)}, r"scale: expected shape \(2\)"),
             ({"groups": 3}, "groups: expected a divisor"),
             ({"q_rnorm": torch.ones(1, 1, 2, 5, 2)}, "q_rnorm: expected shape"),

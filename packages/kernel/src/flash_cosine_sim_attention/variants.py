@@ -54,6 +54,9 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_forward_d128_running_max": 132,
     "sm80_forward_d256_bounded": 96,
     "sm80_forward_d256_running_max": 96,
+    "sm80_forward_d64_toeplitz": 104,
+    "sm80_forward_d128_toeplitz": 104,
+    "sm80_forward_d256_toeplitz": 64,
     # The same, worst where a bias or a mask takes part, or in float32 and TF32; in multiples of 64. The kernels of the
     # common call (bfloat16, no bias, head dim 64 or 128) spill nothing on sm_80.
     "sm80_backward_d32_plain": 192,
@@ -68,6 +71,11 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_backward_d192_bias": 192,
     "sm80_backward_d256_plain": 64,
     "sm80_backward_d256_bias": 192,
+    "sm80_backward_d64_toeplitz": 192,
+    "sm80_backward_d96_toeplitz": 192,
+    "sm80_backward_d128_toeplitz": 256,
+    "sm80_backward_d192_toeplitz": 64,
+    "sm80_backward_d256_toeplitz": 192,
 }
 """Spills that were accepted, since no tile shape without them measured faster: arch_pass_d<head dim>_feature -> bytes a
 thread, stores and loads, of the worst kernel of any dtype; all others must not spill. `compile_report --spills` prints
