@@ -6,8 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from flash_cosine_sim_attention import flash_cosine_sim_attention
+from flash_cosine_sim_attention import PositionBias, RelativeBias, flash_cosine_sim_attention
 from torch import Tensor
+
+from .positions import by_kv_head
 
 
 def fused_attention(
@@ -15,7 +17,7 @@ def fused_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | PositionBias | None,
     *,
     causal: bool,
     scale: float | Tensor,
@@ -27,7 +29,8 @@ def fused_attention(
 ) -> Tensor:
     """q (b, h, i, d), k (b, kvh, j, d), v (b, kvh, j, dv) -> (b, h, i, dv); query head a reads kv head a % kvh.
 
-    mask: bool, (b, j) or broadcastable to (b, h, i, j), True = attend. bias: broadcastable to (b, h, i, j).
+    mask: bool, (b, j) or broadcastable to (b, h, i, j), True = attend. bias: broadcastable to (b, h, i, j);
+    or a PositionBias, with a mask over keys only and without add_zero_kv.
     scale: a number, or a tensor of one value or one per query head, with gradient.
     bounded=False: |scale * q.k| may exceed scale * groups, a running maximum is tracked. It needs a number for scale.
     """
@@ -35,9 +38,13 @@ def fused_attention(
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None]
     if add_zero_kv:
+        assert not isinstance(bias, PositionBias)
         k, v, mask, bias = _pad_zero_key(k, v, mask, bias)
     key_mask, pair_mask = _split_mask(mask)
-    bias = _merge_into_bias(bias, pair_mask, q.dtype)
+    if isinstance(bias, PositionBias):
+        assert pair_mask is None
+    else:
+        bias = _merge_into_bias(bias, pair_mask, q.dtype)
     if not bounded and not isinstance(scale, Tensor):
         q, scale = _claim_a_large_bound(q, scale, groups)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -107,8 +114,8 @@ def _merge_into_bias(bias: Tensor | None, pair_mask: Tensor | None, dtype: torch
 
 
 def _tiled_heads_to_batch(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | PositionBias | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | PositionBias | None]:
     """kv heads become a second batch dim, the r query heads that read one of them its heads: no copy of q, k or v.
 
     x-transformers tiles: query head a = (r, kvh) reads kv head a % kvh. The kernel's usual grouping, a // r, would
@@ -119,7 +126,9 @@ def _tiled_heads_to_batch(
     k, v = k.unsqueeze(2), v.unsqueeze(2)  # (b, kvh, 1, j, d)
     if key_mask is not None:
         key_mask = key_mask.unsqueeze(1)  # (b | 1, 1, j)
-    if bias is not None and bias.shape[1] == 1:
+    if isinstance(bias, PositionBias):
+        bias = by_kv_head(bias, kv_heads, q.shape[-2], k.shape[-2])  # (kvh | 1, r | 1)
+    elif bias is not None and bias.shape[1] == 1:
         bias = bias.unsqueeze(1)  # (b | 1, 1, 1, i, j)
     elif bias is not None:
         bias = bias.unflatten(1, (-1, kv_heads)).transpose(1, 2)  # (b | 1, kvh, r, i, j)
@@ -127,15 +136,19 @@ def _tiled_heads_to_batch(
 
 
 def _with_scale_per_head(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: Tensor, groups: int,
-    causal: bool, l2norm_qk: bool, backend: str | None,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | PositionBias | None, scale: Tensor,
+    groups: int, causal: bool, l2norm_qk: bool, backend: str | None,
 ) -> Tensor:  # fmt: skip
     """The same from `_tiled_heads_to_batch` on, for one scale per query head: a batch dim has none, so q is copied."""
     kv_heads = k.shape[1]
     per_head = scale.reshape(-1, kv_heads).t().flatten()
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))  # query head (kvh, r) reads kv head kvh
+    if isinstance(bias, RelativeBias):
+        bias = RelativeBias(bias.table.flatten(0, 1))
+    elif isinstance(bias, Tensor):
+        bias = bias.flatten(1, 2)
     out = flash_cosine_sim_attention(
-        q, k, v, None if key_mask is None else key_mask.squeeze(1), None if bias is None else bias.flatten(1, 2),
+        q, k, v, None if key_mask is None else key_mask.squeeze(1), bias,
         per_head, groups, causal, l2norm_qk, backend=backend,
     )  # fmt: skip
     assert isinstance(out, Tensor)

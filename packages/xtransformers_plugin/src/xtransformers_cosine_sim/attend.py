@@ -7,11 +7,12 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from flash_cosine_sim_attention import l2norm_tensors
+from flash_cosine_sim_attention import PositionBias, l2norm_tensors
 from torch import Tensor
 from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import Attention
 
+from . import positions
 from .arguments import fused_attention
 from .counters import Tally
 from .errors import Refusal, UnsupportedCallError
@@ -50,6 +51,7 @@ class CosineSimAttend(Attend):
     ) -> tuple[Tensor, Intermediates]:  # fmt: skip
         """q (b, h, i, d), k (b, kvh, j, d), v (b, kvh, j, dv) -> (b, h, i, dv) and intermediates without maps."""
         layer: Layer = self.cosine_sim
+        relative = positions.take()
         if layer.stock_reason is not None:
             layer.tally.count(self, layer.stock_reason)
             return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, **keywords)
@@ -62,12 +64,13 @@ class CosineSimAttend(Attend):
         layer.tally.count(self, reason)
         if reason is not None:
             q, k = _as_qk_norm(q, k, layer, self.scale)
+            attn_bias = attn_bias if relative is None else relative(q.shape[-2], k.shape[-2])
             return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, **keywords)
 
         causal = keywords.get("causal")
         causal = self.causal if causal is None else causal
         out = fused_attention(
-            q, k, v, mask, attn_bias,
+            q, k, v, mask, attn_bias if relative is None else _bias_of(relative, q, k, mask),
             causal=bool(causal),  # aligned right, so that one query sees every key, as stock has it
             scale=_default_scale(self.scale if layer.mode == "accelerate" else layer.scale, q),
             groups=layer.groups,
@@ -77,6 +80,12 @@ class CosineSimAttend(Attend):
             backend=layer.backend,
         )  # fmt: skip
         return out, FusedIntermediates(layer.path)
+
+
+def _bias_of(relative: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | PositionBias:
+    if positions.is_over_keys(mask) and q.shape[-2] <= k.shape[-2]:
+        return positions.descriptor(relative, k.shape[-2])
+    return relative(q.shape[-2], k.shape[-2])
 
 
 def _default_scale(scale: float | Tensor | None, q: Tensor) -> float | Tensor:
@@ -95,20 +104,30 @@ def _as_qk_norm(q: Tensor, k: Tensor, layer: Layer, stock_scale: float | None) -
     return (q * (scale / _default_scale(stock_scale, q))).to(q.dtype), k
 
 
-def check_site(attention: Attention, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Forward pre-hook of an enabled Attention: what changes q, k after their norm is not to be seen in `Attend`."""
+def check_site(
+    attention: Attention, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of an enabled Attention: what changes q, k after their norm is not to be seen in `Attend`.
+
+    A relative position bias is taken out of the arguments where `Attend` can do without its tensor (positions.py).
+    """
+    positions.keep(None)
     layer: Layer | None = vars(attention.attend).get("cosine_sim")
     if layer is None:
-        return
+        return None
     if layer.stock_reason is not None:
         if not isinstance(attention.attend, CosineSimAttend):
             layer.tally.count(attention.attend, layer.stock_reason)
-        return
+        return None
     given = dict(zip(_FORWARD_NAMES, args, strict=False)) | keywords
     row = first_refused("site", given, layer.mode)
     if row is not None and (layer.strict or row.verdict(layer.mode) == "always"):
         raise UnsupportedCallError(Refusal(layer.path, row.option, row.reason))
     _site.reason = None if row is None else f"{row.option}: {row.reason}"
+    if row is not None or "rel_pos" not in keywords or not positions.takes_out(attention, given):
+        return None
+    positions.keep(keywords["rel_pos"])
+    return args, keywords | {"rel_pos": None}
 
 
 def _take_site_reason() -> str | None:

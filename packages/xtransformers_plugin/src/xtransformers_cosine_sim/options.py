@@ -136,9 +136,9 @@ TABLE: tuple[Row, ...] = (
     _served("add_value_residual"),
     # positions
     _served("rotary_pos_emb", "rotations keep norms"),
-    _served("alibi_pos_bias"),
-    _served("rel_pos_bias", "T5, with gradients"),
-    _served("dynamic_pos_bias", "with gradients"),
+    _served("alibi_pos_bias", "from its slopes: no (h, i, j) tensor, unless a pair mask or memory keys join in"),
+    _served("rel_pos_bias", "T5, from its buckets in the same way, with gradients"),
+    _served("dynamic_pos_bias", "from its table of distances in the same way, with gradients"),
     _served("attn_data_dependent_alibi", "with gradients"),
     _refused("rotary_xpos", "q, k are stretched with their position: no bound, and lost in a norm after it",
              lambda stack: stack.rotary_pos_emb is not None and stack.rotary_pos_emb.scale is not None, "stack"),
