@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from flash_cosine_sim_attention import flash_cosine_sim_attention
-from inputs import CaseInputs
+from inputs import TORCH_DTYPES, CaseInputs
 from presets import Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +34,8 @@ class Baseline:
     layout = "bhnd"
     normalises = False
 
+    biases = False
+
     def __init__(self, name: str, dtypes: tuple[str, ...] = HALF, masks: bool = False) -> None:
         self.name, self.dtypes, self.masks = name, dtypes, masks
 
@@ -43,6 +45,10 @@ class Baseline:
             raise Unsupported(f"no {case.dtype}, only {', '.join(self.dtypes)}")
         if case.mask_prob and not self.masks:
             raise Unsupported("no key mask")
+        if case.bias and not self.biases:
+            raise Unsupported("no bias")
+        if case.bias and case.mask_prob and not self.normalises:
+            raise Unsupported("bias and mask together are not compared")
 
     def context(self) -> AbstractContextManager[Any]:
         """Inside it the function of `make` is called."""
@@ -55,7 +61,7 @@ class Baseline:
 class Ours(Baseline):
     """flash_cosine_sim_attention, the norm inside its one call; backend: force one of its paths."""
 
-    normalises = True
+    normalises, biases = True, True
 
     def __init__(self, name: str, backend: str | None = None) -> None:
         super().__init__(name, ALL, masks=True)
@@ -63,7 +69,7 @@ class Ours(Baseline):
 
     def make(self, inputs: CaseInputs, scale: float, l2norm_qk: bool = True) -> Attention:
         options: dict[str, Any] = {"mask": inputs.key_mask(), "causal": inputs.case.causal, "scale": scale}
-        options |= {"l2norm_qk": l2norm_qk, "backend": self.backend}
+        options |= {"l2norm_qk": l2norm_qk, "backend": self.backend, "attn_bias": inputs.bias()}
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = flash_cosine_sim_attention(q, k, v, **options)
@@ -76,6 +82,8 @@ class Ours(Baseline):
 class Sdpa(Baseline):
     """One backend of torch's scaled_dot_product_attention."""
 
+    biases = True
+
     def __init__(self, name: str, backend: SDPBackend, dtypes: tuple[str, ...] = HALF, masks: bool = False) -> None:
         super().__init__(name, dtypes, masks)
         self.backend = backend
@@ -84,7 +92,12 @@ class Sdpa(Baseline):
         return sdpa_kernel(self.backend)
 
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
-        mask, causal = inputs.key_mask(), inputs.case.causal
+        mask, causal, bias, case = inputs.key_mask(), inputs.case.causal, inputs.bias(), inputs.case
+        if bias is not None:
+            if causal or bias.dtype != TORCH_DTYPES[case.dtype]:
+                raise Unsupported("a bias of another dtype, or a causal one")
+            sizes = (case.batch, case.heads, case.seq_len, case.seq_len)
+            return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(sizes), scale=scale)
         if mask is None:
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         visible = mask[:, None, None, :]
@@ -128,8 +141,21 @@ class Flash(Baseline):
         return attend
 
 
+def flex_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block_mask: Any, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    own = [size != 1 for size in bias.shape]
+
+    def add(score: Tensor, *index: Tensor) -> Tensor:
+        return score + bias[tuple(i if has else 0 for i, has in zip(index, own, strict=True))]
+
+    return flex_attention(q, k, v, score_mod=add, block_mask=block_mask, scale=scale)
+
+
 class Flex(Baseline):
-    """Compiled FlexAttention; its block mask is made beforehand and not timed."""
+    """Compiled FlexAttention; its block mask is made beforehand and not timed. A bias is captured by its score_mod."""
+
+    biases = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name, ALL, masks=True)
@@ -137,26 +163,61 @@ class Flex(Baseline):
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
         from torch.nn.attention.flex_attention import flex_attention
 
-        compiled, block_mask = compiled_once(flex_attention), inputs.block_mask()
+        block_mask, bias = inputs.block_mask(), inputs.bias()
+        if bias is not None:
+            with_bias = compiled_once(flex_with_bias)
+            return lambda q, k, v: with_bias(q, k, v, bias, block_mask, scale)
+        compiled = compiled_once(flex_attention)
         return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, scale=scale)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, hidden: Tensor | None, scale: float
+) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
+    return scores.softmax(dim=-1) @ v
 
 
 class Plain(Baseline):
     """Attention as one writes it: the n x n matrix in memory, in the dtype of the inputs."""
 
-    def __init__(self, name: str) -> None:
+    biases = True
+
+    def __init__(self, name: str, compiled: bool = False) -> None:
         super().__init__(name, ALL, masks=True)
+        self.compiled = compiled
 
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
-        hidden = inputs.hidden()
+        attend = compiled_once(plain_attention) if self.compiled else plain_attention
+        hidden, bias = inputs.hidden(), inputs.bias()
+        return lambda q, k, v: attend(q, k, v, bias, hidden, scale)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            scores = (q * scale) @ k.transpose(-1, -2)
-            if hidden is not None:
-                scores = scores.masked_fill(hidden, -torch.finfo(scores.dtype).max)
-            return scores.softmax(dim=-1) @ v
 
-        return attend
+class Cuequivariance(Baseline):
+    """NVIDIA's triangle attention: a pair bias in float32, shared by all batch rows."""
+
+    biases = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, ALL)
+
+    def check(self, case: Case) -> None:
+        super().check(case)
+        if case.bias not in ("hij", "hijf") or case.causal:
+            raise Unsupported("only a bias (heads, n, n), not causal")
+        reason = import_failure("cuequivariance_ops_torch")
+        if reason is not None:
+            raise Unsupported(reason)
+
+    def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        function = importlib.import_module("cuequivariance_ops_torch").triangle_attention
+        bias = inputs.bias()
+        assert bias is not None
+        return lambda q, k, v: function(q[None], k[None], v[None], bias[None].float(), scale=scale)[0]
 
 
 BASELINES: dict[str, Baseline] = {
@@ -173,6 +234,8 @@ BASELINES: dict[str, Baseline] = {
         Flash("fa4", "flash_attn.cute"),
         Flex("flex"),
         Plain("plain"),
+        Plain("compiled", compiled=True),
+        Cuequivariance("cueq"),
     )
 }
 

@@ -60,7 +60,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, help="batch size")
     add("--heads", type=int, help="number of heads")
     add("--peers", type=words, help=f"beside ours; of {','.join(BASELINES)}")
-    add("--norms", type=words, default=("compiled",), help=f"of {','.join(NORMS)}; default compiled")
+    add("--norms", type=words, help=f"of {','.join(NORMS)}; default: the preset's, mostly compiled")
+    add("--biases", type=words, help="dims of an additive bias out of bhij, 'f' behind them for float32, e.g. hij,hj")
     add("--scale", type=float, default=8.0, help="of the cosine (%(default)s)")
     add("--timer", choices=("graph", "events"), default="graph", help="events: eager calls, launches included")
     add("--budget", type=float, default=float("inf"), help="seconds; no cell starts after them")
@@ -91,6 +92,7 @@ def chosen_presets(options: argparse.Namespace) -> list[Preset]:
     """The presets with what the command line overrides."""
     given: dict[str, Any] = {"dtypes": options.dtype, "dims": options.dims, "seqs": options.seqs}
     given |= {"batch": options.batch, "heads": options.heads, "peers": options.peers}
+    given |= {"norms": options.norms, "biases": options.biases}
     given["causal"] = (True,) if options.causal else None
     if options.only_forwards or options.only_backwards:
         given["modes"] = ("fwd",) if options.only_forwards else ("bwd",)
@@ -107,11 +109,11 @@ class Plan:
     cells: list[tuple[Case, str, list[Variant]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, presets: Iterable[Preset], norms: tuple[str, ...]) -> Plan:
+    def of(cls, presets: Iterable[Preset]) -> Plan:
         plan, seen = cls(), set()
         for preset in presets:
             names = dict.fromkeys(("ours", *preset.peers))
-            variants = [Variant(BASELINES[n], norm) for n in names for norm in norms_for(BASELINES[n], norms)]
+            variants = [Variant(BASELINES[n], norm) for n in names for norm in norms_for(BASELINES[n], preset.norms)]
             for case in preset.cases():
                 new = [mode for mode in preset.modes if (case, mode) not in seen]
                 plan.cells += [(case, mode, variants) for mode in new]
@@ -253,10 +255,12 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     clock: Clock = CudaClock(device, options.timer) if device.type == "cuda" else CpuClock()
     settings = Settings(clock, options.num_times, options.scale)
-    meta = describe_machine(device) | {"timer": clock.name, "norms": options.norms, "scale": options.scale}
+    presets = chosen_presets(options)
+    norms = tuple(dict.fromkeys(norm for preset in presets for norm in preset.norms))
+    meta = describe_machine(device) | {"timer": clock.name, "norms": norms, "scale": options.scale}
     run: dict[str, Any] = {"meta": meta, "ceilings": ceilings(clock), "records": [], "warnings": [], "missing": []}
     folder, name = options.out or RESULTS / folder_name(meta["gpu"]), options.tag or "-".join(options.preset)
-    plan = Plan.of(chosen_presets(options), options.norms)
+    plan = Plan.of(presets)
     with collected_warnings(run["warnings"]):
         alive = run_plan(plan, settings, started + options.budget, run, lambda: write(run, folder, name))
     write(run, folder, name)

@@ -71,6 +71,26 @@ class CaseInputs:
 
         return self._once("key mask", make)
 
+    def bias(self) -> Tensor | None:
+        """(batch | 1, heads | 1, seq_len | 1, seq_len | 1), a leaf whose gradient is wanted; None: no bias."""
+        case = self.case
+        if not case.bias:
+            return None
+
+        def make() -> Tensor:
+            generator = torch.Generator(self.device).manual_seed(self.seed + 2)
+            sizes = zip("bhij", (case.batch, case.heads, case.seq_len, case.seq_len), strict=True)
+            shape = [size if dim in case.bias else 1 for dim, size in sizes]
+            dtype = torch.float32 if case.bias.endswith("f") else TORCH_DTYPES[case.dtype]
+            return torch.randn(shape, generator=generator, device=self.device).to(dtype).requires_grad_()
+
+        return self._once("bias", make)
+
+    def leaf_bias(self) -> dict[str, Tensor]:
+        """The bias by the name of its gradient, if there is one."""
+        bias = self.bias()
+        return {} if bias is None else {"dbias": bias}
+
     def causal_mask(self) -> Tensor:
         """(seq_len, seq_len), True = attend."""
         n = self.case.seq_len
@@ -102,20 +122,47 @@ class CaseInputs:
         return self._once("block mask", lambda: create_block_mask(visible, *sizes, device=str(self.device)))
 
     def reference(self, normalised: bool, scale: float) -> dict[str, Tensor]:
-        """out, dq, dk, dv of the last head of the last batch row in float64, (1, 1, seq_len, dim); of the inputs as
-        they are, rounded to the case's dtype."""
+        """out, dq, dk, dv of the last head of the last batch row in float64, (1, 1, seq_len, dim), and the last
+        of dbias if there is a bias; of the inputs as they are, rounded to the case's dtype."""
 
         def make() -> dict[str, Tensor]:
-            q, k, v, dout = (x[-1:, -1:].double().requires_grad_() for x in self.tensors("bhnd", normalised))
-            mask = self.key_mask()
-            options: dict[str, Any] = {"scale": scale, "causal": self.case.causal, "l2norm_qk": not normalised}
-            options["mask"] = None if mask is None else mask[-1:]
-            out = plain_cosine_sim_attention(q, k, v, **options)
-            assert isinstance(out, Tensor)
-            gradients = torch.autograd.grad(out, (q, k, v), dout.detach())
-            return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
+            batch, heads = self.case.batch, self.case.heads
+            results = self._definition(normalised, scale, batch - 1, heads - 1)
+            if self.case.bias:
+                results["dbias"] = self._bias_reference(normalised, scale)
+            return results
 
         return self._once(("reference", normalised), make)
+
+    def _definition(self, normalised: bool, scale: float, row: int, head: int) -> dict[str, Tensor]:
+        """Results of one head of one batch row in float64; of dbias, (1, 1, n | 1, n | 1), its own share."""
+        q, k, v, dout = (
+            x[row : row + 1, head : head + 1].double().requires_grad_() for x in self.tensors("bhnd", normalised)
+        )
+        mask, whole = self.key_mask(), self.bias()
+        options: dict[str, Any] = {"scale": scale, "causal": self.case.causal, "l2norm_qk": not normalised}
+        options["mask"] = None if mask is None else mask[row : row + 1]
+        leaves = [q, k, v]
+        if whole is not None:
+            own = whole.detach()[row if whole.shape[0] > 1 else 0, head if whole.shape[1] > 1 else 0]
+            options["attn_bias"] = own[None, None].double().requires_grad_()
+            leaves.append(options["attn_bias"])
+        out = plain_cosine_sim_attention(q, k, v, **options)
+        assert isinstance(out, Tensor)
+        gradients = torch.autograd.grad(out, leaves, dout.detach())
+        names = ("out", "dq", "dk", "dv", "dbias")
+        return dict(zip(names, (out.detach(), *gradients), strict=False))
+
+    def _bias_reference(self, normalised: bool, scale: float) -> Tensor:
+        """The gradient of the bias of the last batch row and head, summed over all that share it."""
+        case = self.case
+        rows = [case.batch - 1] if "b" in case.bias else range(case.batch)
+        heads = [case.heads - 1] if "h" in case.bias else range(case.heads)
+        parts = (self._definition(normalised, scale, row, head)["dbias"] for row in rows for head in heads)
+        total = next(parts)
+        for part in parts:
+            total += part
+        return total
 
     def errors(self, results: dict[str, Tensor], layout: str, normalised: bool, scale: float) -> dict[str, float]:
         """Relative error ||x - reference|| / ||reference|| of each result; {} beyond CHECKED_LENGTH."""
@@ -123,6 +170,7 @@ class CaseInputs:
             return {}
         reference, errors = self.reference(normalised, scale), {}
         for name, result in results.items():
-            head = (result if layout == "bhnd" else result.transpose(1, 2))[-1:, -1:].double()
+            transposed = layout != "bhnd" and name != "dbias"
+            head = (result.transpose(1, 2) if transposed else result)[-1:, -1:].double()
             errors[name] = float((head - reference[name]).norm() / reference[name].norm())
         return errors

@@ -114,13 +114,16 @@ def make_run(variant: Variant, inputs: CaseInputs, mode: str, scale: float) -> C
     attend = attention_with_norm(variant.baseline, variant.norm, inputs, scale)
     *qkv, dout = inputs.tensors(variant.baseline.layout, variant.norm == "none")
     leaves = [x.detach().requires_grad_() for x in qkv]
+    biases = inputs.leaf_bias()
+    names = ("dq", "dk", "dv", *biases)
 
     def forward() -> Results:
         with torch.no_grad():
             return {"out": attend(*qkv)}
 
     def gradients(out: Tensor, retain: bool) -> Results:
-        return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout, retain_graph=retain), strict=True))
+        wanted = [*leaves, *biases.values()]
+        return dict(zip(names, torch.autograd.grad(out, wanted, dout, retain_graph=retain), strict=True))
 
     def forward_backward() -> Results:
         out = attend(*leaves)

@@ -13,6 +13,9 @@ PASSES = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
 TOKENS, WIDTH = 16384, 2048
 """Of the presets with a constant amount of work per length: batch * seq_len, and heads * dim."""
 
+AS_LONG = -1
+"""A batch as large as the sequence is long: triangle attention over an n x n pair representation."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,6 +31,9 @@ class Case:
     """Share of the keys that a key mask hides; 0 for no mask at all."""
     padded: bool = False
     """Hidden keys are the last ones of each row (padding) instead of random ones."""
+    bias: str = ""
+    """The dims that an additive bias has, out of "bhij" (the others have size 1), in the case's dtype; in float32 with
+    "f" behind them. Its gradient is wanted. "": no bias."""
 
     def flops(self, mode: str) -> float:
         """Multiplications and additions of the matrix products; half for causal, a key mask is not discounted."""
@@ -43,15 +49,16 @@ class Case:
     def family(self) -> str:
         """All but the length: bf16 4x8xnx64 causal."""
         mask = f" mask {self.mask_prob:.0%}{' padded' if self.padded else ''}" if self.mask_prob else ""
-        return f"{self.dtype} d{self.dim} {'causal' if self.causal else 'full'}{mask}"
+        bias = f" bias {self.bias}" if self.bias else ""
+        return f"{self.dtype} d{self.dim} {'causal' if self.causal else 'full'}{mask}{bias}"
 
     def __str__(self) -> str:
         return f"{self.family()} {self.batch}x{self.heads}x{self.seq_len}"
 
 
 def case_of(record: dict[str, Any]) -> Case:
-    """The case that a record of results belongs to."""
-    return Case(**{field.name: record[field.name] for field in fields(Case)})
+    """The case that a record of results belongs to; older records lack the latest fields."""
+    return Case(**{field.name: record[field.name] for field in fields(Case) if field.name in record})
 
 
 def case_fields(case: Case) -> dict[str, Any]:
@@ -72,21 +79,27 @@ class Preset:
     heads: int | None = 8
     mask_prob: float = 0.0
     padded: bool = False
+    biases: tuple[str, ...] = ("",)
+    norms: tuple[str, ...] = ("compiled",)
+    """How peers normalise, unless the command line says (baselines.NORMS)."""
 
     def cases(self) -> list[Case]:
-        """batch or heads None: as many as make TOKENS tokens of WIDTH."""
+        """batch or heads None: as many as make TOKENS tokens of WIDTH; batch AS_LONG: seq_len."""
+        grid = product(self.dtypes, self.dims, self.causal, self.biases, self.seqs)
         return [
             Case(
                 dtype,
-                self.batch or max(TOKENS // seq_len, 1),
+                seq_len if self.batch == AS_LONG else self.batch or max(TOKENS // seq_len, 1),
                 self.heads or max(WIDTH // dim, 1),
-                *(seq_len, dim, causal, self.mask_prob, self.padded),
+                *(seq_len, dim, causal, self.mask_prob, self.padded, bias),
             )
-            for dtype, dim, causal, seq_len in product(self.dtypes, self.dims, self.causal, self.seqs)
+            for dtype, dim, causal, bias, seq_len in grid
         ]
 
 
 FLASH_PEERS = ("fa2", "cudnn", "fa3", "fa4")
+BIAS_PEERS = ("flex", "efficient", "cudnn", "compiled", "cueq")
+PAIR = {"causal": (False,), "batch": AS_LONG, "heads": 4, "norms": ("none", "eager")}
 
 PRESETS = {
     "classic": Preset(
@@ -97,5 +110,12 @@ PRESETS = {
     ),
     "fp32": Preset(("fp32",), (64,), (2048, 8192), ("efficient", "plain")),
     "mask": Preset(("fp16",), (64,), (2048,), ("cudnn", "efficient", "flex", "plain"), mask_prob=0.25, padded=True),
+    "pair_bias": Preset(("bf16", "fp16", "fp32"), (32,), (128, 256, 384, 512), BIAS_PEERS, biases=("hij",), **PAIR),
+    "pair_bias_forms": Preset(
+        ("bf16",), (32,), (256,), ("flex",), biases=("hijf", "ij", "bhij", "bij", "hj", "bj", "hi"), **PAIR
+    ),
+    "dense_bias": Preset(
+        ("bf16",), (64,), (2048,), ("flex", "efficient"), biases=("hij", "bhij"), norms=("none", "eager")
+    ),
     "memory": Preset(("bf16",), (64, 128), (16384,), ("fa2", "cudnn"), modes=("fwd+bwd",), batch=None, heads=None),
 }

@@ -26,20 +26,21 @@ class Verdict:
 
 
 class Table:
-    """The records of a run by cell, of those with the norm inside the timing."""
+    """The records of a run by cell and the way of normalising."""
 
     def __init__(self, records: list[Record]) -> None:
-        self._cells: dict[Cell, dict[str, Record]] = {}
+        self._cells: dict[tuple[Cell, str], dict[str, Record]] = {}
         for record in records:
-            if record["norm"] in ("fused", "compiled"):
-                self._cells.setdefault((case_of(record), record["mode"]), {})[record["peer"]] = record
+            cell = (case_of(record), record["mode"])
+            self._cells.setdefault((cell, record["norm"]), {})[record["peer"]] = record
 
     def ours(self, cell: Cell) -> Record | None:
-        return self._cells.get(cell, {}).get("ours")
+        """With the norm inside the call."""
+        return self._cells.get((cell, "fused"), {}).get("ours")
 
-    def peers(self, cell: Cell, names: tuple[str, ...] = ()) -> list[Record]:
+    def peers(self, cell: Cell, names: tuple[str, ...] = (), norm: str = "compiled") -> list[Record]:
         """Those of `names` (all but ours if none are named) that could be timed."""
-        found = self._cells.get(cell, {})
+        found = self._cells.get((cell, norm), {})
         names = names or tuple(name for name in found if not name.startswith("ours"))
         return [found[name] for name in names if name in found and found[name]["status"] == "ok"]
 
@@ -88,11 +89,13 @@ class Target:
         return f"worst {value} ({where}), {mean}{held} of {len(known)} cells; {len(self.cells) - len(known)} missing"
 
 
-def speed_over(*names: str) -> Measure:
-    """Time of the fastest of the named peers (of all peers) over ours; None unless all that are named were timed."""
+def speed_over(*names: str, norm: str = "compiled") -> Measure:
+    """Time of the fastest of the named peers (of all peers) over ours; None unless all that are named were timed.
+
+    norm: how the peers normalise; with "none" theirs is attention alone, while the norm is in our time."""
 
     def measure(table: Table, cell: Cell) -> float | None:
-        ours, peers = table.ours(cell), table.peers(cell, names)
+        ours, peers = table.ours(cell), table.peers(cell, names, norm)
         if ours is None or not peers or len(peers) < len(names):
             return None
         return min(peer["ms"] for peer in peers) / ours["ms"]
@@ -128,6 +131,11 @@ def cells(preset: str, modes: tuple[str, ...], **wanted: Any) -> tuple[Cell, ...
 BOTH = ("fwd", "fwd+bwd")
 CHECKED = (1024, 2048, 4096, 8192)  # what `inputs.CHECKED_LENGTH` lets be compared with float64
 
+
+def pair_cells(mode: str) -> tuple[Cell, ...]:
+    return cells("pair_bias", (mode,), dtype=("bf16",), seq_len=(128, 256, 384))
+
+
 TARGETS = (
     Target(
         "fp16/bf16 d64/d128 1k-16k full/causal, fwd >= 1.1x FA2", cells("long16k", ("fwd",)), speed_over("fa2"), 1.1
@@ -140,6 +148,21 @@ TARGETS = (
     Target("key mask 25 %, n 2048, > cuDNN and FlexAttention", cells("mask", BOTH), speed_over("cudnn", "flex"), 1.0),
     Target(
         "peak memory fwd+bwd, n 16384 <= 1.2x FA2", cells("memory", ("fwd+bwd",)), memory_over("fa2"), 1.2, at_most=True
+    ),
+    Target("pair bias fwd >= 1.2x best peer without norm", pair_cells("fwd"), speed_over(norm="none"), 1.2),
+    Target("pair bias fwd+bwd >= 1.3x best peer without norm", pair_cells("fwd+bwd"), speed_over(norm="none"), 1.3),
+    Target("pair bias fwd+bwd >= 3x best peer with eager norm", pair_cells("fwd+bwd"), speed_over(norm="eager"), 3.0),
+    Target(
+        "pair bias fp32 fwd+bwd n 384 >= 3x best peer without norm",
+        cells("pair_bias", ("fwd+bwd",), dtype=("fp32",), seq_len=(384,)),
+        speed_over(norm="none"),
+        3.0,
+    ),
+    Target(
+        "dense bias fwd+bwd <= 1.5x the time of FlexAttention without norm",
+        cells("dense_bias", ("fwd+bwd",)),
+        speed_over("flex", norm="none"),
+        1 / 1.5,
     ),
     Target(
         "bf16 relative error with norm <= 30e-4",

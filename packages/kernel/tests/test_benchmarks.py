@@ -207,7 +207,7 @@ def test_unknown_names(arguments, capsys):
 
 def test_overlapping_presets_share_cells():
     options = benchmark.parse_arguments(["--device", "cpu", "--preset", "long16k,memory"])
-    cells = benchmark.Plan.of(benchmark.chosen_presets(options), options.norms).cells
+    cells = benchmark.Plan.of(benchmark.chosen_presets(options)).cells
     assert len({(case, mode) for case, mode, _ in cells}) == len(cells) == 80
     assert {case.batch * case.seq_len for case, _, _ in cells} == {presets.TOKENS}
     assert {case.heads * case.dim for case, _, _ in cells} == {presets.WIDTH}
