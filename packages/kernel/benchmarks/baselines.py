@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from flash_cosine_sim_attention import flash_cosine_sim_attention
+from flash_cosine_sim_attention import PositionBias, flash_cosine_sim_attention
 from inputs import TORCH_DTYPES, CaseInputs
 from presets import Case
 from torch import Tensor
@@ -35,6 +35,7 @@ class Baseline:
     normalises = False
 
     biases = False
+    positions = False
 
     def __init__(self, name: str, dtypes: tuple[str, ...] = HALF, masks: bool = False) -> None:
         self.name, self.dtypes, self.masks = name, dtypes, masks
@@ -47,6 +48,8 @@ class Baseline:
             raise Unsupported("no key mask")
         if case.bias and not self.biases:
             raise Unsupported("no bias")
+        if case.position and (not self.positions or case.mask_prob or case.bias):
+            raise Unsupported("no bias by relative position, or not beside a mask or another bias")
         if case.bias and case.mask_prob and not self.normalises:
             raise Unsupported("bias and mask together are not compared")
 
@@ -61,22 +64,34 @@ class Baseline:
 class Ours(Baseline):
     """flash_cosine_sim_attention, the norm inside its one call; backend: force one of its paths."""
 
-    normalises, biases = True, True
+    normalises, biases, positions = True, True, True
 
     def __init__(self, name: str, backend: str | None = None) -> None:
         super().__init__(name, ALL, masks=True)
         self.backend = backend
 
+    def bias(self, inputs: CaseInputs) -> Tensor | PositionBias | None:
+        position = inputs.position_bias()
+        return inputs.bias() if position is None else position
+
     def make(self, inputs: CaseInputs, scale: float, l2norm_qk: bool = True) -> Attention:
         options: dict[str, Any] = {"mask": inputs.key_mask(), "causal": inputs.case.causal, "scale": scale}
-        options |= {"l2norm_qk": l2norm_qk, "backend": self.backend, "attn_bias": inputs.bias()}
+        options |= {"l2norm_qk": l2norm_qk, "backend": self.backend}
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = flash_cosine_sim_attention(q, k, v, **options)
+            out = flash_cosine_sim_attention(q, k, v, attn_bias=self.bias(inputs), **options)
             assert isinstance(out, Tensor)
             return out
 
         return attend
+
+
+class OursDense(Ours):
+    """Ours with the (heads, n, n) tensor of a bias by relative position, made of its parameters in every call."""
+
+    def bias(self, inputs: CaseInputs) -> Tensor | None:
+        bias, n = inputs.position_bias(), inputs.case.seq_len
+        return inputs.bias() if bias is None else bias.materialize(n, n, TORCH_DTYPES[inputs.case.dtype])
 
 
 class Sdpa(Baseline):
@@ -152,10 +167,27 @@ def flex_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block_mask: An
     return flex_attention(q, k, v, score_mod=add, block_mask=block_mask, scale=scale)
 
 
+def flex_with_position(
+    q: Tensor, k: Tensor, v: Tensor, parameters: Tensor, position: str, block_mask: Any, scale: float
+) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    last = q.shape[2] - 1
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - parameters[h] * (j - i).abs()
+
+    def table(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + parameters[h, last + j - i]
+
+    score_mod = alibi if position == "alibi" else table
+    return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
+
+
 class Flex(Baseline):
     """Compiled FlexAttention; its block mask is made beforehand and not timed. A bias is captured by its score_mod."""
 
-    biases = True
+    biases, positions = True, True
 
     def __init__(self, name: str) -> None:
         super().__init__(name, ALL, masks=True)
@@ -163,7 +195,10 @@ class Flex(Baseline):
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
         from torch.nn.attention.flex_attention import flex_attention
 
-        block_mask, bias = inputs.block_mask(), inputs.bias()
+        block_mask, bias, parameters = inputs.block_mask(), inputs.bias(), inputs.position_parameters()
+        if parameters is not None:
+            with_position, position = compiled_once(flex_with_position), inputs.case.position
+            return lambda q, k, v: with_position(q, k, v, parameters, position, block_mask, scale)
         if bias is not None:
             with_bias = compiled_once(flex_with_bias)
             return lambda q, k, v: with_bias(q, k, v, bias, block_mask, scale)
@@ -182,19 +217,28 @@ def plain_attention(
     return scores.softmax(dim=-1) @ v
 
 
+def plain_with_position(
+    q: Tensor, k: Tensor, v: Tensor, position: PositionBias, hidden: Tensor | None, scale: float
+) -> Tensor:
+    return plain_attention(q, k, v, position.materialize(q.shape[2], k.shape[2]), hidden, scale)
+
+
 class Plain(Baseline):
     """Attention as one writes it: the n x n matrix in memory, in the dtype of the inputs."""
 
-    biases = True
+    biases, positions = True, True
 
     def __init__(self, name: str, compiled: bool = False) -> None:
         super().__init__(name, ALL, masks=True)
         self.compiled = compiled
 
     def make(self, inputs: CaseInputs, scale: float) -> Attention:
+        hidden, bias, position = inputs.hidden(), inputs.bias(), inputs.position_bias()
         attend = compiled_once(plain_attention) if self.compiled else plain_attention
-        hidden, bias = inputs.hidden(), inputs.bias()
-        return lambda q, k, v: attend(q, k, v, bias, hidden, scale)
+        if position is None:
+            return lambda q, k, v: attend(q, k, v, bias, hidden, scale)
+        with_position = compiled_once(plain_with_position) if self.compiled else plain_with_position
+        return lambda q, k, v: with_position(q, k, v, position, hidden, scale)
 
 
 class Cuequivariance(Baseline):
@@ -227,6 +271,7 @@ BASELINES: dict[str, Baseline] = {
         Ours("ours:sm80", "sm80"),
         Ours("ours:sm90", "sm90"),
         Ours("ours:chunked", "chunked"),
+        OursDense("ours:dense"),
         Sdpa("fa2", SDPBackend.FLASH_ATTENTION),
         Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION, masks=True),
         Sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION, ALL, masks=True),

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from flash_cosine_sim_attention import plain_cosine_sim_attention
+from flash_cosine_sim_attention import (
+    AlibiBias,
+    PositionBias,
+    RelativeBias,
+    alibi_slopes,
+    plain_cosine_sim_attention,
+)
 from presets import Case
 from torch import Tensor
 
@@ -86,10 +92,31 @@ class CaseInputs:
 
         return self._once("bias", make)
 
+    def position_parameters(self) -> Tensor | None:
+        """Slopes (heads,) or a table (heads, 2 seq_len - 1), a leaf; None: no bias by relative position."""
+        case = self.case
+        if not case.position:
+            return None
+
+        def make() -> Tensor:
+            generator = torch.Generator(self.device).manual_seed(self.seed + 3)
+            table = torch.randn(case.heads, 2 * case.seq_len - 1, generator=generator, device=self.device)
+            slopes = alibi_slopes(case.heads).to(self.device)
+            return (slopes if case.position == "alibi" else table).requires_grad_()
+
+        return self._once("position", make)
+
+    def position_bias(self, parameters: Tensor | None = None) -> PositionBias | None:
+        """The descriptor of `parameters`, by default the case's own."""
+        parameters = self.position_parameters() if parameters is None else parameters
+        if parameters is None:
+            return None
+        return AlibiBias(parameters) if self.case.position == "alibi" else RelativeBias(parameters)
+
     def leaf_bias(self) -> dict[str, Tensor]:
-        """The bias by the name of its gradient, if there is one."""
-        bias = self.bias()
-        return {} if bias is None else {"dbias": bias}
+        """The bias, or the parameters of one by position, by the name of the gradient; {} if there is none."""
+        leaves = {"dbias": self.bias(), "dposition": self.position_parameters()}
+        return {name: leaf for name, leaf in leaves.items() if leaf is not None}
 
     def causal_mask(self) -> Tensor:
         """(seq_len, seq_len), True = attend."""
@@ -130,6 +157,9 @@ class CaseInputs:
             results = self._definition(normalised, scale, batch - 1, heads - 1)
             if self.case.bias:
                 results["dbias"] = self._bias_reference(normalised, scale)
+            if self.case.position:
+                parts = [self._definition(normalised, scale, row, heads - 1)["dposition"] for row in range(batch)]
+                results["dposition"] = torch.stack(parts).sum(0)
             return results
 
         return self._once(("reference", normalised), make)
@@ -142,16 +172,21 @@ class CaseInputs:
         mask, whole = self.key_mask(), self.bias()
         options: dict[str, Any] = {"scale": scale, "causal": self.case.causal, "l2norm_qk": not normalised}
         options["mask"] = None if mask is None else mask[row : row + 1]
-        leaves = [q, k, v]
+        leaves, names = [q, k, v], ["out", "dq", "dk", "dv"]
+        parameters = self.position_parameters()
+        if parameters is not None:
+            leaves.append(parameters.detach()[head : head + 1].double().requires_grad_())
+            names.append("dposition")
+            options["attn_bias"] = self.position_bias(leaves[-1])
         if whole is not None:
             own = whole.detach()[row if whole.shape[0] > 1 else 0, head if whole.shape[1] > 1 else 0]
             options["attn_bias"] = own[None, None].double().requires_grad_()
             leaves.append(options["attn_bias"])
+            names.append("dbias")
         out = plain_cosine_sim_attention(q, k, v, **options)
         assert isinstance(out, Tensor)
         gradients = torch.autograd.grad(out, leaves, dout.detach())
-        names = ("out", "dq", "dk", "dv", "dbias")
-        return dict(zip(names, (out.detach(), *gradients), strict=False))
+        return dict(zip(names, (out.detach(), *gradients), strict=True))
 
     def _bias_reference(self, normalised: bool, scale: float) -> Tensor:
         """The gradient of the bias of the last batch row and head, summed over all that share it."""
@@ -170,7 +205,10 @@ class CaseInputs:
             return {}
         reference, errors = self.reference(normalised, scale), {}
         for name, result in results.items():
-            transposed = layout != "bhnd" and name != "dbias"
-            head = (result.transpose(1, 2) if transposed else result)[-1:, -1:].double()
+            if name == "dposition":
+                head = result[-1:].double()
+            else:
+                transposed = layout != "bhnd" and name != "dbias"
+                head = (result.transpose(1, 2) if transposed else result)[-1:, -1:].double()
             errors[name] = float((head - reference[name]).norm() / reference[name].norm())
         return errors

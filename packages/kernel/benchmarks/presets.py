@@ -34,6 +34,9 @@ class Case:
     bias: str = ""
     """The dims that an additive bias has, out of "bhij" (the others have size 1), in the case's dtype; in float32 with
     "f" behind them. Its gradient is wanted. "": no bias."""
+    position: str = ""
+    """A bias by relative position: "alibi", slopes (heads,), or "table", (heads, 2 seq_len - 1); float32 parameters
+    whose gradient is wanted. "": none."""
 
     def flops(self, mode: str) -> float:
         """Multiplications and additions of the matrix products; half for causal, a key mask is not discounted."""
@@ -50,7 +53,8 @@ class Case:
         """All but the length: bf16 4x8xnx64 causal."""
         mask = f" mask {self.mask_prob:.0%}{' padded' if self.padded else ''}" if self.mask_prob else ""
         bias = f" bias {self.bias}" if self.bias else ""
-        return f"{self.dtype} d{self.dim} {'causal' if self.causal else 'full'}{mask}{bias}"
+        position = f" {self.position}" if self.position else ""
+        return f"{self.dtype} d{self.dim} {'causal' if self.causal else 'full'}{mask}{bias}{position}"
 
     def __str__(self) -> str:
         return f"{self.family()} {self.batch}x{self.heads}x{self.seq_len}"
@@ -80,20 +84,21 @@ class Preset:
     mask_prob: float = 0.0
     padded: bool = False
     biases: tuple[str, ...] = ("",)
+    positions: tuple[str, ...] = ("",)
     norms: tuple[str, ...] = ("compiled",)
     """How peers normalise, unless the command line says (baselines.NORMS)."""
 
     def cases(self) -> list[Case]:
         """batch or heads None: as many as make TOKENS tokens of WIDTH; batch AS_LONG: seq_len."""
-        grid = product(self.dtypes, self.dims, self.causal, self.biases, self.seqs)
+        grid = product(self.dtypes, self.dims, self.causal, self.biases, self.positions, self.seqs)
         return [
             Case(
                 dtype,
                 seq_len if self.batch == AS_LONG else self.batch or max(TOKENS // seq_len, 1),
                 self.heads or max(WIDTH // dim, 1),
-                *(seq_len, dim, causal, self.mask_prob, self.padded, bias),
+                *(seq_len, dim, causal, self.mask_prob, self.padded, bias, position),
             )
-            for dtype, dim, causal, bias, seq_len in grid
+            for dtype, dim, causal, bias, position, seq_len in grid
         ]
 
 
@@ -116,6 +121,9 @@ PRESETS = {
     ),
     "dense_bias": Preset(
         ("bf16",), (64,), (2048,), ("flex", "efficient"), biases=("hij", "bhij"), norms=("none", "eager")
+    ),
+    "position_bias": Preset(
+        ("bf16",), (64,), (1024, 4096), ("ours:dense", "flex", "compiled"), (True,), positions=("alibi", "table")
     ),
     "memory": Preset(("bf16",), (64, 128), (16384,), ("fa2", "cudnn"), modes=("fwd+bwd",), batch=None, heads=None),
 }

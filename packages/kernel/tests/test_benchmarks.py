@@ -114,6 +114,16 @@ def test_peers_agree(mode, masks):
             assert max(record["errors"].values()) < 1e-5
 
 
+@pytest.mark.parametrize("position", ["alibi", "table"])
+def test_biases_by_position_agree(position):
+    case = presets.Case("fp32", 2, 2, 24, 16, causal=True, position=position)
+    for record in cell(case, "fwd+bwd", "ours", "ours:dense", "plain").values():
+        assert record["status"] == "ok", record["reason"]
+        assert list(record["errors"]) == ["out", "dq", "dk", "dv", "dposition"]
+        assert max(record["errors"].values()) < 1e-4
+    assert cell(case, "fwd", "fa2")["fa2"]["status"] == "unsupported"
+
+
 def test_wrong_answers_are_not_timed(fakes):
     records = cell(CASE, "fwd", "zeros", "nan", "ours")
     assert records["zeros"]["status"] == records["nan"]["status"] == "wrong"
