@@ -48,6 +48,7 @@ class Arm:
 ARMS = {
     "plugin, convert": Arm("cosine", {}, {"mode": "convert", "scale": SCALE}, worth_compiling=True),
     "plugin, accelerate": Arm("cosine", QK_NORM, {"mode": "accelerate"}, worth_compiling=True),
+    "plugin, norm apart": Arm("cosine", QK_NORM, {"mode": "accelerate", "fuse_norm": False}),
     "qk-norm, flash": Arm("cosine", {**QK_NORM, "attn_flash": True}, worth_compiling=True),
     "softmax, flash": Arm("softmax", {"attn_flash": True}),
     "no attention": Arm("none"),

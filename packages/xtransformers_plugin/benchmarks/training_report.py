@@ -15,6 +15,7 @@ FLOOR = "no attention"
 COLOURS = {
     "plugin, convert": "#d62728",
     "plugin, accelerate": "#000000",
+    "plugin, norm apart": "#ff9896",
     BASELINE: "#1f77b4",
     "softmax, flash": "#2ca02c",
 }

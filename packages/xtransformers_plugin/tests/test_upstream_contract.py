@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_the_attributes_of_attention_and_its_stack():
     wanted = ("rotary_pos_emb", "polar_pos_emb", "residual_attn", "cross_residual_attn")
     assert not [name for name in wanted if not hasattr(stack, name)], f"{VERSION}AttentionLayers lost an attribute"
     assert hasattr(stack.rotary_pos_emb, "scale"), f"{VERSION}xpos is told in another way"
+
+
+def test_qk_norm_is_read_in_the_forward_of_attention_alone():
+    """`enable` sets it to False where the pass normalises: nobody else may take that for a regular model."""
+
+    def reads(source: object) -> int:
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(source))))
+        return sum(isinstance(x, ast.Attribute) and x.attr == "qk_norm" and isinstance(x.ctx, ast.Load) for x in nodes)
+
+    assert reads(Attention.forward) == reads(upstream) == 2, f"{VERSION}qk_norm is read elsewhere, or for something new"
 
 
 def test_the_keywords_of_attention_that_bring_other_keys():
