@@ -21,7 +21,7 @@ from ..shared.ensemble import Members, Weights, per_member
 from ..shared.environment import environment
 from ..shared.waves import is_done, waves, write_result
 from .config import SharpnessConfig
-from .model import Decoder, Probe, decoder_inits
+from .model import Decoder, Probe, decoder_inits, start_mimetic
 from .tasks import TASKS, Sequences
 
 PROBED = 4  # sequences of a member whose attention is looked at
@@ -40,11 +40,11 @@ class Wave:
     ) -> None:
         self.config, self.task, self.arms, self.seeds, self.device = config, task, arms, tuple(seeds), device
         self.pool = Pool(self._batches, config.chunk)
-        self.models = {name: Decoder(config, arm) for name, arm in arms.items()}
+        self.models = {name: Decoder(config, arm, device) for name, arm in arms.items()}
         schedule = Schedule(config.steps, config.lr, config.warmup)
         self.lanes = {
             name: Lane(
-                Members(decoder_inits(config, arm), self.seeds, device),
+                start_mimetic(Members(decoder_inits(config, arm), self.seeds, device)),
                 partial(_losses, self.models[name]),
                 schedule,
                 self.pool,
