@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from experiments.shared.interrupt import INTERRUPTED
 from experiments.sharpness import __main__ as program
 from experiments.sharpness import run
 from experiments.sharpness.config import SharpnessConfig, load_arms
-from experiments.sharpness.model import Decoder, Probe, decoder_inits
+from experiments.sharpness.model import Decoder, Probe, decoder_inits, start_mimetic
 from experiments.sharpness.tasks import PASSAGE, TASKS
 from experiments.sharpness.theory import bound_for, mean_exponential, opposite, orthogonal, random_directions
 
@@ -94,13 +95,27 @@ def test_every_weight_takes_part_and_the_future_does_not(arm):
     members = Members(decoder_inits(TINY, arm), [0, 1], "cpu")
     model, positions = Decoder(TINY, arm), torch.tensor([5, 9]).expand(2, 3, 2)
     tokens = torch.randint(256, (2, 3, 64))
-    out = model(members.unpack(members.flat), tokens, positions)
-    (gradient,) = torch.autograd.grad(out.square().sum(), members.flat)
+    flat = (members.flat + 0.1 * torch.randn_like(members.flat)).detach().requires_grad_()
+    out = model(members.unpack(flat), tokens, positions)
+    (gradient,) = torch.autograd.grad(out.square().sum(), flat)
     for name, part in members.unpack(gradient).items():
         assert part.abs().sum() > 0, name
     changed = tokens.clone()
     changed[:, :, 10:] = torch.randint(256, (2, 3, 54))
-    torch.testing.assert_close(model(members.unpack(members.flat), changed, positions), out)
+    torch.testing.assert_close(model(members.unpack(flat), changed, positions), out)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_starts_able_to_look_up(task):
+    """The likeliest token but those that are asked, which a residual stream cannot help to show, is often the answer."""
+    config = replace(TINY, dim=64)
+    arm = AttentionArm("cosine", 16)
+    members = start_mimetic(Members(decoder_inits(config, arm), [0, 1], "cpu"))
+    made = TASKS[task](4, 64, 256, torch.Generator().manual_seed(0))
+    tokens, positions, answers = (x.expand(2, -1, -1) for x in (made.tokens, made.positions, made.answers))
+    out = Decoder(config, arm)(members.unpack(members.flat.detach()), tokens, positions)
+    out = out.scatter(-1, tokens.gather(2, positions)[..., None], -math.inf)
+    assert (out.argmax(-1) == answers).float().mean() > 0.5
 
 
 def test_arms_start_from_the_same_weights():
