@@ -107,7 +107,7 @@ def test_every_weight_takes_part_and_the_future_does_not(arm):
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_starts_able_to_look_up(task):
-    """The likeliest token but those that are asked, which a residual stream cannot help to show, is often the answer."""
+    """The likeliest token but the asked one itself, which the residual stream still shows, is often the answer."""
     config = replace(TINY, dim=64)
     arm = AttentionArm("cosine", 16)
     members = start_mimetic(Members(decoder_inits(config, arm), [0, 1], "cpu"))
