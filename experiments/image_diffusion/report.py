@@ -95,11 +95,11 @@ def _plot_quality(path: Path, arms: dict[str, list[Result]], baseline: dict[str,
     """Loss and Frechet distance over training, and the one against the other at the end, a point a run."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), layout="constrained")
     for index, (name, runs) in enumerate(arms.items()):
-        for panel, metric in zip(axes, METRICS, strict=False):
+        for panel, metric in zip(axes[:2], METRICS[:2], strict=True):
             _draw_over_steps(panel, runs, metric, f"C{index}", name)
         losses, distances = (_final(runs, metric) for metric in METRICS[:2])
         axes[2].plot(losses, distances, "o", color=f"C{index}", label=name)
-    for panel, metric in zip(axes, METRICS, strict=False):
+    for panel, metric in zip(axes[:2], METRICS[:2], strict=True):
         panel.set(xlabel="steps", ylabel=metric, yscale="log")
     axes[2].set(xlabel=METRICS[0], ylabel=METRICS[1], title="each run at the end")
     for panel in axes[1:]:

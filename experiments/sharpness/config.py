@@ -24,7 +24,7 @@ class SharpnessConfig:
     longest: int = 8192  # evaluated at train_length, twice that, and so on to this
     batch_size: int = 16
     eval_sequences: int = 32
-    steps: int = 1000
+    steps: int = 600
     lr: float = 2e-3
     warmup: int = 100
     chunk: int = 50  # steps between two rows
