@@ -25,11 +25,13 @@ def plot_curves(path: Path, content: Mapping[str, Any], arms: Sequence[str], ref
     curves = {arm: found for arm, found in _best_curves(content).items() if arm in arms}
     if not curves:
         return
+    rates = {rate for rate, _ in curves.values()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for index, arm in enumerate(arm for arm in arms if arm in curves):
         color, style = f"C{index % 10}", STYLES[index // 10 % len(STYLES)]
         rate, seeds = curves[arm]
-        _draw(left, list(seeds.values()), color, style, f"{arm} (lr {rate:g})")
+        label = arm if len(rates) == 1 else f"{arm} (lr {rate:g})"
+        _draw(left, list(seeds.values()), color, style, label)
         base = curves[reference][1] if reference in curves else {}
         pairs = [_minus(seeds[seed], base[seed]) for seed in seeds if seed in base]
         if pairs:

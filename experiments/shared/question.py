@@ -86,11 +86,14 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
     from .report import environment  # matplotlib comes with it
 
     began = time.monotonic()
-    base = RunConfig(**{**question.base, **given(options)})
+    values = given(options)
+    rates = (
+        (values.pop("lr"),) if question.rates and "lr" in values else question.rates
+    )  # of the sweep, not of the base
+    base = RunConfig(**{**question.base, **values})
     corpus = load_corpus(base.data)
     print(corpus.describe())
     arms = {name: question.arms[name] for name in options.arms or question.arms}
-    rates = question.rates if "lr" not in vars(options) else (base.lr,)
     shard, shards = options.shard
     jobs = replace(question, arms=arms, rates=rates).jobs(base, options.seeds)[shard::shards]
     path = options.out / ("results.json" if shards == 1 else f"results-{shard + 1}of{shards}.json")

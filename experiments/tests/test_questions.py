@@ -65,6 +65,15 @@ def test_shards_share_the_runs(tiny_flags: list[str], tmp_path: Path):
     assert len(set(keys)) == 4
 
 
+def test_a_rate_of_the_sweep_alone(tiny_flags: list[str], tmp_path: Path):
+    folder = EXPERIMENTS / "norm_placement"
+    for rate in ("1e-3", "3e-3"):
+        command = flags(tiny_flags, "--arms", "pre regular", "--seeds", "1", "--lr", rate)
+        assert main(folder, lambda *_: "", command) == 0
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [run["config"].get("lr", 3e-3) for run in runs] == [1e-3, 3e-3]
+
+
 def test_results_of_another_base_are_refused(tiny_flags: list[str], capsys: pytest.CaptureFixture[str]):
     folder = EXPERIMENTS / "norm_placement"
     command = flags(tiny_flags, "--arms", "pre regular", "--seeds", "1")
