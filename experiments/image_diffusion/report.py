@@ -119,9 +119,11 @@ def _draw_over_steps(panel: Axes, runs: Sequence[Result], metric: str, color: st
 def _plot_levels(path: Path, arms: dict[str, list[Result]]) -> None:
     """The held-out loss by noise level, and each arm's difference from the first in per cent of it."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    reference = _by_level(next(iter(arms.values())))
+    first = next(iter(arms.values()))
+    reference = _by_level(first)
+    stride = first[0]["config"]["noise_levels"] // len(reference)
+    levels = range(stride // 2, stride * len(reference), stride)
     for index, (name, runs) in enumerate(arms.items()):
-        levels = range(len(reference))
         axes[0].plot(levels, _by_level(runs), color=f"C{index}", label=name)
         for run in runs:
             difference = [
@@ -129,7 +131,7 @@ def _plot_levels(path: Path, arms: dict[str, list[Result]]) -> None:
                 for mine, other in zip(run["evaluations"][-1]["level_losses"], reference, strict=True)
             ]
             axes[1].plot(levels, difference, color=f"C{index}", linewidth=0.8, alpha=0.7)
-    axes[0].set(xlabel="noise level, in steps of the evaluation", ylabel="held-out loss", yscale="log")
+    axes[0].set(xlabel="noise level", ylabel="held-out loss", yscale="log")
     axes[1].set(xlabel="noise level", ylabel=f"% above the mean of {next(iter(arms))}, a line a run")
     axes[0].legend(fontsize=8)
     _finish(figure, axes, path)
