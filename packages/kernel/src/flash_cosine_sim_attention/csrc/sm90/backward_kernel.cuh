@@ -21,18 +21,10 @@ struct BackwardState {
   Square s;  // of the square that comes next: its product is done
   RingPosition<Traits::kStages> ring;
   uint32_t dq_phase = 1;
+  bool has_previous = false;  // a step is done, but for its dQ
 };
 
-constexpr int kExchangeBarrier = 1;  // dS' of both warpgroups is in shared memory
-
-// dS' is there, of this warpgroup. Returns when it is of both.
-template <class Traits>
-__device__ __forceinline__ void exchange_scores() {
-  fence_async_shared();
-  named_barrier_sync(kExchangeBarrier, Traits::kConsumerThreads);
-}
-
-// Hands this warpgroup's part of dq to the warp that adds it to device memory.
+// Hands this warpgroup's part of dq of a step to the warp that adds it to device memory.
 template <class Traits>
 __device__ __forceinline__ void hand_over_dq(const Square& dq, const KeyThread<Traits>& thread,
                                              BackwardStorage<Traits>& smem, uint32_t& phase) {
@@ -44,36 +36,62 @@ __device__ __forceinline__ void hand_over_dq(const Square& dq, const KeyThread<T
   if (threadIdx.x % 32 == 0) arrive(smem.full_dq[thread.warpgroup]);
 }
 
+// This warp's dS' of a step is in shared memory.
+template <class Traits>
+__device__ __forceinline__ void publish_scores(uint64_t& full_ds) {
+  fence_async_shared();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(full_ds);
+}
+
 // S of the first square of the step at `ring`. Of the step behind the last one too, on whatever lies there: a branch here
 // would serialise the products under way.
 template <class Traits>
 __device__ __forceinline__ void issue_first_scores(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                                    const RingPosition<Traits::kStages>& ring, int warpgroup, bool exists) {
   if (exists) wait(smem.full_q[ring.stage], ring.phase);
-  auto& loop = smem.loop;
-  issue_scores<Traits>(state.s, loop.k, loop.q[ring.stage], warpgroup, 0);
+  issue_scores<Traits>(state.s, smem.loop.k, smem.loop.q[ring.stage], warpgroup, 0);
 }
 
-// A step of one square (head dim 128). dS' of step t lies in buffer t % 2: whoever has passed the exchange of step t + 1
-// knows that both warpgroups are done with it.
+// dQ of the step before the one at state.ring, this warpgroup's part: of the other columns (head dim 128) or queries (64) the
+// other warpgroup makes it. dS' of step t lies in buffer t % 2 until both are done: who has seen dS' of step t + 1 complete
+// knows it, since each makes dQ of a step before it writes dS' of the next. Before the first step the result means nothing.
+template <class Traits>
+__device__ __forceinline__ void issue_previous_dq(Square& dq, const BackwardState<Traits>& state,
+                                                  BackwardStorage<Traits>& smem, int warpgroup) {
+  const int buffer = state.ring.stage ^ 1;
+  if (state.has_previous) wait(smem.full_ds[buffer], state.ring.phase ^ buffer);
+  constexpr bool kSharesColumns = Traits::kSquares == 1;
+  issue_dq<Traits>(dq, smem.loop.ds[buffer][kSharesColumns ? 0 : warpgroup], smem.loop.k,
+                   kSharesColumns ? warpgroup * kSquare : 0);
+}
+
+// A step of one square (head dim 128).
 template <class Traits, bool kMasked, bool kWantsDq>
 __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                             const KeyThread<Traits>& thread, int query0, bool is_last) {
   using Element = typename Traits::Element;
+  auto& loop = smem.loop;
   const bool releases = threadIdx.x % 32 == 0;
   const int stage = state.ring.stage;
-  auto& loop = smem.loop;
   const float4* rows = smem.query_rows[stage];
   Square dp, dq;
   SquareOperand operand;  // of P, then of dS': registers are short
 
+  if constexpr (kWantsDq) issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
   wait(smem.full_dout[stage], state.ring.phase);
+  probabilities<Traits, kMasked, 0, kSquare / 2>(state.s, thread, rows, query0);
+  if constexpr (kWantsDq) {  // out of the way before dP comes
+    wgmma_wait<0>();
+    wgmma_pin(dq);
+    if (state.has_previous) hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+  }
   issue_scores<Traits>(dp, loop.v, loop.dout[stage], thread.warpgroup, 0);
-  probabilities<Traits, kMasked>(state.s, thread, rows, query0);
+  probabilities<Traits, kMasked, kSquare / 2, kSquare>(state.s, thread, rows, query0);
   pack_square<Element>(operand, state.s);
-  wgmma_wait<0>();
-  wgmma_pin(dp);
   issue_gradient<Traits>(state.dv, operand, loop.dout[stage], 0);
+  wgmma_wait<1>();
+  wgmma_pin(dp);
   differentiate<Traits>(dp, state.s, thread, rows);
   wgmma_wait<0>();
   wgmma_pin(state.dv);
@@ -83,36 +101,31 @@ __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, Backwa
 
   state.ring.advance();
   issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
+  issue_gradient<Traits>(state.dk, operand, loop.q[stage], 0);
   if constexpr (kWantsDq) {
     store_square<Traits>(loop.ds[stage][0], operand);
-    exchange_scores<Traits>();
-    issue_dq<Traits>(dq, loop.ds[stage][0], loop.k, thread.warpgroup * kSquare);
-  }
-  issue_gradient<Traits>(state.dk, operand, loop.q[stage], 0);
-  wgmma_wait<1>();
-  wgmma_pin(state.s);
-  if constexpr (kWantsDq) {
-    wgmma_pin(dq);
-    hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+    publish_scores<Traits>(smem.full_ds[stage]);
   }
   wgmma_wait<0>();
+  wgmma_pin(state.s);
   wgmma_pin(state.dk);
   wgmma_keep(operand);
   if (releases) arrive(smem.empty_q[stage]);
 }
 
-// A step of two squares (head dim 64): dQ of the first is made by warpgroup 0, of the second by warpgroup 1.
+// A step of two squares (head dim 64).
 template <class Traits, bool kMasked, bool kWantsDq>
 __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                             const KeyThread<Traits>& thread, int query0, bool is_last) {
   using Element = typename Traits::Element;
+  auto& loop = smem.loop;
   const bool releases = threadIdx.x % 32 == 0;
   const int stage = state.ring.stage;
-  auto& loop = smem.loop;
   const float4* rows = smem.query_rows[stage];
   Square s, dp[2], dq;
   SquareOperand p_operand[2], ds_operand[2];
 
+  if constexpr (kWantsDq) issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
   wait(smem.full_dout[stage], state.ring.phase);
   issue_scores<Traits>(dp[0], loop.v, loop.dout[stage], thread.warpgroup, 0);
   issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
@@ -120,14 +133,18 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   pack_square<Element>(p_operand[0], state.s);
   wgmma_wait<1>();
   wgmma_pin(dp[0]);
+  if constexpr (kWantsDq) wgmma_pin(dq);
   issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
+  if constexpr (kWantsDq) {
+    if (state.has_previous) hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+  }
   issue_scores<Traits>(dp[1], loop.v, loop.dout[stage], thread.warpgroup, 1);
   differentiate<Traits>(dp[0], state.s, thread, rows);
   pack_square<Element>(ds_operand[0], dp[0]);
-  if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
   wgmma_wait<2>();
   wgmma_pin(s);
   issue_gradient<Traits>(state.dk, ds_operand[0], loop.q[stage], 0);
+  if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
   probabilities<Traits, kMasked>(s, thread, rows + kSquare, query0 + kSquare);
   pack_square<Element>(p_operand[1], s);
   wgmma_wait<1>();
@@ -140,28 +157,32 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
 
   state.ring.advance();
   issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
+  issue_gradient<Traits>(state.dk, ds_operand[1], loop.q[stage], 1);
   if constexpr (kWantsDq) {
     store_square<Traits>(loop.ds[stage][1], ds_operand[1]);
-    exchange_scores<Traits>();
+    publish_scores<Traits>(smem.full_ds[stage]);
   }
-  wgmma_wait<1>();
-  wgmma_pin(state.dk);
+  wgmma_wait<2>();
   wgmma_pin(state.dv);
   wgmma_keep(ds_operand[0]);
   wgmma_keep(p_operand[1]);
   if (releases) arrive(smem.empty_dout[stage]);
-  if constexpr (kWantsDq) issue_dq<Traits>(dq, loop.ds[stage][thread.warpgroup], loop.k, 0);
-  issue_gradient<Traits>(state.dk, ds_operand[1], loop.q[stage], 1);
-  wgmma_wait<1>();
-  wgmma_pin(state.s);
-  if constexpr (kWantsDq) {
-    wgmma_pin(dq);
-    hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
-  }
   wgmma_wait<0>();
+  wgmma_pin(state.s);
   wgmma_pin(state.dk);
   wgmma_keep(ds_operand[1]);
   if (releases) arrive(smem.empty_q[stage]);
+}
+
+// dQ of the last step.
+template <class Traits>
+__device__ __forceinline__ void finish_dq(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
+                                          const KeyThread<Traits>& thread) {
+  Square dq;
+  issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
+  wgmma_wait<0>();
+  wgmma_pin(dq);
+  hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
 }
 
 template <class Traits, bool kMasked, bool kWantsDq>
@@ -174,8 +195,11 @@ __device__ __forceinline__ void take_steps(BackwardState<Traits>& state, Backwar
     } else {
       step_of_two<Traits, kMasked, kWantsDq>(state, smem, thread, step * Traits::kBlockQ, step == last);
     }
+    state.has_previous = true;
   }
 }
+
+constexpr int kClearedBarrier = 1;
 
 // Zeros in the rows of keys that the mask hides: what they hold, NaN perhaps, would meet dS' = 0 in dQ.
 template <class Traits>
@@ -190,7 +214,8 @@ __device__ __forceinline__ void clear_hidden_keys(BackwardStorage<Traits>& smem,
     *reinterpret_cast<uint4*>(smem.loop.k.chunk(row, column)) = make_uint4(0, 0, 0, 0);
     *reinterpret_cast<uint4*>(smem.loop.v.chunk(row, column)) = make_uint4(0, 0, 0, 0);
   }
-  exchange_scores<Traits>();
+  fence_async_shared();
+  named_barrier_sync(kClearedBarrier, Traits::kConsumerThreads);
 }
 
 template <class Traits, bool kWantsDq>
@@ -212,6 +237,7 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKe
       take_steps<Traits, true, kWantsDq>(state, smem, thread, block.first_step, block.first_unmasked_step, last);
       take_steps<Traits, false, kWantsDq>(state, smem, thread, block.first_unmasked_step, block.end_step, last);
     }
+    if constexpr (kWantsDq) finish_dq<Traits>(state, smem, thread);
   }
   write_gradients<Traits>(p, block, thread, smem.epilogue, state.dk, state.dv);
 }
@@ -225,6 +251,7 @@ __device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& sme
       initialize(smem.full_dout[stage], 1);
       initialize(smem.empty_q[stage], Traits::kConsumerWarps);
       initialize(smem.empty_dout[stage], Traits::kConsumerWarps);
+      initialize(smem.full_ds[stage], Traits::kConsumerWarps);
     }
     for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
       initialize(smem.full_dq[warpgroup], 4);

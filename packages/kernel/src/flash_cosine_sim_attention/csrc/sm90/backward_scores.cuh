@@ -39,12 +39,13 @@ struct KeyThread {
 using Square = float[kSquare / 2];              // accumulators of 64 keys x 64 queries
 using SquareOperand = uint32_t[kSquare / 16][4];  // the same, rounded, as A operands of the k16 steps over the queries
 
-// S -> P. rows: of the square's queries (common/backward_preprocess.cuh); query0: the first of them.
-template <class Traits, bool kMasked>
+// S -> P, of the queries [kFirst, kEnd) of the square. rows: of its queries (common/backward_preprocess.cuh); query0: the first
+// of them.
+template <class Traits, bool kMasked, int kFirst = 0, int kEnd = kSquare>
 __device__ __forceinline__ void probabilities(Square& s, const KeyThread<Traits>& thread, const float4* rows, int query0) {
   const int limit[2] = {thread.first_query[0] - query0, thread.first_query[1] - query0};
 #pragma unroll
-  for (int i = 0; i < kSquare / 8; ++i) {
+  for (int i = kFirst / 8; i < kEnd / 8; ++i) {
     const float4 row = rows[i * 8 + thread.column];  // score, score, shift, shift of two queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

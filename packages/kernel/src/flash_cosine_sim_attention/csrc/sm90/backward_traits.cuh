@@ -50,7 +50,7 @@ struct BackwardStorage {
   struct Loop {
     typename Traits::KeyTile k, v;
     typename Traits::QueryTile q[Traits::kStages], dout[Traits::kStages];
-    typename Traits::ScoreTile ds[2][Traits::kSquares];
+    typename Traits::ScoreTile ds[Traits::kStages][Traits::kSquares];
   };
   static constexpr int kStride = Traits::kHeadDim + 8;  // spreads the rows of a fragment over the banks
   struct Epilogue {
@@ -65,6 +65,7 @@ struct BackwardStorage {
   uint64_t full_kv;
   uint64_t full_q[Traits::kStages], empty_q[Traits::kStages];
   uint64_t full_dout[Traits::kStages], empty_dout[Traits::kStages];
+  uint64_t full_ds[Traits::kStages];  // dS' of both warpgroups
   uint64_t full_dq[Traits::kConsumerWarpgroups], empty_dq[Traits::kConsumerWarpgroups];
 };
 
