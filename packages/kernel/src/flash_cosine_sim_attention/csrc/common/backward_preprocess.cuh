@@ -20,7 +20,8 @@ __host__ __device__ constexpr int padded_queries(int num_queries) {
 
 // With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
 // Rows 2 r and 2 r + 1 lie together as {score, score, shift, shift}, {gradient, gradient, offset, offset}: a thread
-// holds two neighbouring queries of a transposed score. float32: the powers of two that its operands carry
+// holds two neighbouring queries of a transposed score. Where score / gradient is one number a head (Traits::kScaleInKeys) it
+// goes into another k_factor, and six numbers remain: {gradient, gradient, shift, shift}, {-delta, -delta}. float32: the powers of two that its operands carry
 // (OperandScales, kUnit, kProbabilityScale) are undone or put on here. A row that sees no key, and a row of padding,
 // has shift -inf and zeros elsewhere: P and dS' are 0.
 struct QueryRow {
@@ -140,7 +141,11 @@ __global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __
       }
     }
     float* target = reinterpret_cast<float*>(p.query_rows + padded_row / 2 * 2) + padded_row % 2;
-    target[0] = result.score, target[2] = result.shift, target[4] = result.gradient, target[6] = result.offset;
+    if constexpr (Traits::kScaleInKeys) {
+      target[0] = result.gradient, target[2] = result.shift, target[4] = result.gradient == 0.0f ? 0.0f : -delta;
+    } else {
+      target[0] = result.score, target[2] = result.shift, target[4] = result.gradient, target[6] = result.offset;
+    }
   }
   if (p.dq_accum != nullptr && column < kHeadDim) {
     float4* target = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + column);

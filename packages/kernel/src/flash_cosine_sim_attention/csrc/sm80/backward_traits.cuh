@@ -81,6 +81,7 @@ struct BackwardTraits {
   // they meet.
   static constexpr bool kExactCopies = std::is_same_v<Element, __half>;
   static constexpr bool kFoldsNorm = !kFloat;
+  static constexpr bool kScaleInKeys = false;
   static constexpr float kUnit = kPlanes == 2 ? kUnitScale : 1.0f;  // length of a unit copy
   // P as halves is multiplied by this, so that small probabilities keep their bits.
   static constexpr float kLog2ProbabilityScale = kFloat ? 15.0f : 0.0f;

@@ -80,15 +80,14 @@ __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, Backwa
 
   if constexpr (kWantsDq) issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
   wait(smem.full_dout[stage], state.ring.phase);
-  probabilities<Traits, kMasked, 0, kSquare / 2>(state.s, thread, rows, query0);
+  probabilities<Traits, kMasked, 0, kSquare / 2>(operand, state.s, thread, rows, query0);
   if constexpr (kWantsDq) {  // out of the way before dP comes
     wgmma_wait<0>();
     wgmma_pin(dq);
     if (state.has_previous) hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
   }
   issue_scores<Traits>(dp, loop.v, loop.dout[stage], thread.warpgroup, 0);
-  probabilities<Traits, kMasked, kSquare / 2, kSquare>(state.s, thread, rows, query0);
-  pack_square<Element>(operand, state.s);
+  probabilities<Traits, kMasked, kSquare / 2, kSquare>(operand, state.s, thread, rows, query0);
   issue_gradient<Traits>(state.dv, operand, loop.dout[stage], 0);
   wgmma_wait<1>();
   wgmma_pin(dp);
@@ -129,8 +128,7 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   wait(smem.full_dout[stage], state.ring.phase);
   issue_scores<Traits>(dp[0], loop.v, loop.dout[stage], thread.warpgroup, 0);
   issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
-  probabilities<Traits, kMasked>(state.s, thread, rows, query0);
-  pack_square<Element>(p_operand[0], state.s);
+  probabilities<Traits, kMasked>(p_operand[0], state.s, thread, rows, query0);
   wgmma_wait<1>();
   wgmma_pin(dp[0]);
   if constexpr (kWantsDq) wgmma_pin(dq);
@@ -145,8 +143,7 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   wgmma_pin(s);
   issue_gradient<Traits>(state.dk, ds_operand[0], loop.q[stage], 0);
   if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
-  probabilities<Traits, kMasked>(s, thread, rows + kSquare, query0 + kSquare);
-  pack_square<Element>(p_operand[1], s);
+  probabilities<Traits, kMasked>(p_operand[1], s, thread, rows + kSquare, query0 + kSquare);
   wgmma_wait<1>();
   wgmma_pin(dp[1]);
   wgmma_pin(state.dv);

@@ -14,6 +14,7 @@ struct KeyThread {
   int warpgroup;   // owns keys 64 * warpgroup ...
   int row, column; // its first key in the block, its first query in every eight
   float factor[2]; // k_rnorm where the norm is folded; 0 for keys that are not there: so is then their dS'
+  float score_factor[2];  // the same times scale * log2(e)
   int first_query[2];  // the first query that sees the key: causal
 
   __device__ __forceinline__ KeyThread(const BackwardParams& p, const BlockOfKeys<Traits>& block) {
@@ -31,6 +32,7 @@ struct KeyThread {
       bool visible = key < block.num_keys;
       if (visible && mask != nullptr) visible = mask[(block.first_key + key) * p.mask_key] != 0;
       factor[half] = !visible ? 0.0f : folded ? folded_factor<Traits>(p.k_rnorm[row0 + key]) : 1.0f;
+      score_factor[half] = factor[half] * (head_scale(p, block.index.head * block.group) * kLog2e);
       first_query[half] = p.causal ? block.first_key + key - (p.num_keys - p.num_queries) : 0;
     }
   }
@@ -39,40 +41,44 @@ struct KeyThread {
 using Square = float[kSquare / 2];              // accumulators of 64 keys x 64 queries
 using SquareOperand = uint32_t[kSquare / 16][4];  // the same, rounded, as A operands of the k16 steps over the queries
 
-// S -> P, of the queries [kFirst, kEnd) of the square. rows: of its queries (common/backward_preprocess.cuh); query0: the first
-// of them.
+// S -> P, rounded, as an operand, and P times the query's factor of the gradient, of the queries [kFirst, kEnd) of the square.
+// rows: of its queries (common/backward_preprocess.cuh); query0: the first of them.
 template <class Traits, bool kMasked, int kFirst = 0, int kEnd = kSquare>
-__device__ __forceinline__ void probabilities(Square& s, const KeyThread<Traits>& thread, const float4* rows, int query0) {
+__device__ __forceinline__ void probabilities(SquareOperand& operand, Square& s, const KeyThread<Traits>& thread,
+                                              const float4* rows, int query0) {
   const int limit[2] = {thread.first_query[0] - query0, thread.first_query[1] - query0};
 #pragma unroll
   for (int i = kFirst / 8; i < kEnd / 8; ++i) {
-    const float4 row = rows[i * 8 + thread.column];  // score, score, shift, shift of two queries
+    const float4 row = rows[i * 8 + thread.column];  // gradient, gradient, shift, shift of two queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& first = s[i * 4 + half * 2];
       float& second = s[i * 4 + half * 2 + 1];
-      first = exp2_approx(fmaf(first * thread.factor[half], row.x, row.z));
-      second = exp2_approx(fmaf(second * thread.factor[half], row.y, row.w));
+      first = exp2_approx(fmaf(first * thread.score_factor[half], row.x, row.z));
+      second = exp2_approx(fmaf(second * thread.score_factor[half], row.y, row.w));
       if constexpr (kMasked) {  // selects, no branches: those would serialise the products under way
         first = i * 8 + thread.column >= limit[half] ? first : 0.0f;
         second = i * 8 + thread.column + 1 >= limit[half] ? second : 0.0f;
       }
+      operand[i / 2][i % 2 * 2 + half] = pack<typename Traits::Element>(first, second);
+      first *= row.x;
+      second *= row.y;
     }
   }
 }
 
-// dP -> dS' = P (dP gradient + offset) k_factor.
+// dP -> dS' = P gradient (dP - delta) k_factor. s: P gradient.
 template <class Traits>
-__device__ __forceinline__ void differentiate(Square& dp, const Square& p, const KeyThread<Traits>& thread,
+__device__ __forceinline__ void differentiate(Square& dp, const Square& s, const KeyThread<Traits>& thread,
                                               const float4* rows) {
 #pragma unroll
   for (int i = 0; i < kSquare / 8; ++i) {
-    const float4 row = rows[i * 8 + thread.column + 1];  // gradient, gradient, offset, offset
+    const float2 minus_delta = *reinterpret_cast<const float2*>(rows + i * 8 + thread.column + 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = i * 4 + half * 2;
-      dp[at] = p[at] * fmaf(dp[at], row.x, row.z) * thread.factor[half];
-      dp[at + 1] = p[at + 1] * fmaf(dp[at + 1], row.y, row.w) * thread.factor[half];
+      dp[at] = s[at] * (dp[at] + minus_delta.x) * thread.factor[half];
+      dp[at + 1] = s[at + 1] * (dp[at + 1] + minus_delta.y) * thread.factor[half];
     }
   }
 }

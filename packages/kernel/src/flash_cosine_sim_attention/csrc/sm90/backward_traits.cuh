@@ -23,7 +23,7 @@ struct BackwardTraits {
   static_assert(kHeadDim == 64 || kHeadDim == 128);
 
   // How the preprocessing and the epilogues that are common to all architectures see this variant.
-  static constexpr bool kHasBias = false, kFloat = false, kFoldsNorm = true;
+  static constexpr bool kHasBias = false, kFloat = false, kFoldsNorm = true, kScaleInKeys = true;
   static constexpr bool kExactCopies = std::is_same_v<Element, __half>;
   static constexpr int kPlanes = 1;
   static constexpr float kUnit = 1.0f, kProbabilityScale = 1.0f, kLog2ProbabilityScale = 0.0f;
