@@ -127,15 +127,17 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   if constexpr (kWantsDq) issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
   wait(smem.full_dout[stage], state.ring.phase);
   issue_scores<Traits>(dp[0], loop.v, loop.dout[stage], thread.warpgroup, 0);
-  issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
-  probabilities<Traits, kMasked>(p_operand[0], state.s, thread, rows, query0);
-  wgmma_wait<1>();
-  wgmma_pin(dp[0]);
-  if constexpr (kWantsDq) wgmma_pin(dq);
-  issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
+  probabilities<Traits, kMasked, 0, kSquare / 2>(p_operand[0], state.s, thread, rows, query0);
   if constexpr (kWantsDq) {
+    wgmma_wait<1>();
+    wgmma_pin(dq);
     if (state.has_previous) hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
   }
+  issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
+  probabilities<Traits, kMasked, kSquare / 2, kSquare>(p_operand[0], state.s, thread, rows, query0);
+  wgmma_wait<1>();
+  wgmma_pin(dp[0]);
+  issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
   issue_scores<Traits>(dp[1], loop.v, loop.dout[stage], thread.warpgroup, 1);
   differentiate<Traits>(dp[0], state.s, thread, rows);
   pack_square<Element>(ds_operand[0], dp[0]);
