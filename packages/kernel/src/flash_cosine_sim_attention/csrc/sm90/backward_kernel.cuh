@@ -24,6 +24,8 @@ struct BackwardState {
   bool has_previous = false;  // a step is done, but for its dQ
 };
 
+constexpr int kConsumerBarrier = 1;  // where the consumer warpgroups meet
+
 // Hands this warpgroup's part of dq of a step to the warp that adds it to device memory.
 template <class Traits>
 __device__ __forceinline__ void hand_over_dq(const Square& dq, const KeyThread<Traits>& thread,
@@ -53,17 +55,15 @@ __device__ __forceinline__ void issue_first_scores(BackwardState<Traits>& state,
   issue_scores<Traits>(state.s, smem.loop.k, smem.loop.q[ring.stage], warpgroup, 0);
 }
 
-// dQ of the step before the one at state.ring, this warpgroup's part: of the other columns (head dim 128) or queries (64) the
-// other warpgroup makes it. dS' of step t lies in buffer t % 2 until both are done: who has seen dS' of step t + 1 complete
-// knows it, since each makes dQ of a step before it writes dS' of the next. Before the first step the result means nothing.
+// dQ of the step before the one at state.ring, half of the columns: the other warpgroup makes the others. dS' of step t lies in
+// buffer t % 2 until both are done: who has seen dS' of step t + 1 complete knows it, since each makes dQ of a step before it
+// writes dS' of the next. Before the first step the result means nothing.
 template <class Traits>
 __device__ __forceinline__ void issue_previous_dq(Square& dq, const BackwardState<Traits>& state,
                                                   BackwardStorage<Traits>& smem, int warpgroup) {
   const int buffer = state.ring.stage ^ 1;
   if (state.has_previous) wait(smem.full_ds[buffer], state.ring.phase ^ buffer);
-  constexpr bool kSharesColumns = Traits::kSquares == 1;
-  issue_dq<Traits>(dq, smem.loop.ds[buffer][kSharesColumns ? 0 : warpgroup], smem.loop.k,
-                   kSharesColumns ? warpgroup * kSquare : 0);
+  issue_dq<Traits>(dq, smem.loop.ds[buffer][0], smem.loop.k, warpgroup * kSquare);
 }
 
 // A step of one square (head dim 128).
@@ -112,7 +112,8 @@ __device__ __forceinline__ void step_of_one(BackwardState<Traits>& state, Backwa
   if (releases) arrive(smem.empty_q[stage]);
 }
 
-// A step of two squares (head dim 64).
+// A step of two squares (head dim 64): dQ of the first is made by warpgroup 0, of the second by warpgroup 1, in the same step.
+// Here it pays that the next scores are on their way while the warpgroups meet.
 template <class Traits, bool kMasked, bool kWantsDq>
 __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                             const KeyThread<Traits>& thread, int query0, bool is_last) {
@@ -124,27 +125,20 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
   Square s, dp[2], dq;
   SquareOperand p_operand[2], ds_operand[2];
 
-  if constexpr (kWantsDq) issue_previous_dq<Traits>(dq, state, smem, thread.warpgroup);
   wait(smem.full_dout[stage], state.ring.phase);
   issue_scores<Traits>(dp[0], loop.v, loop.dout[stage], thread.warpgroup, 0);
-  probabilities<Traits, kMasked, 0, kSquare / 2>(p_operand[0], state.s, thread, rows, query0);
-  if constexpr (kWantsDq) {
-    wgmma_wait<1>();
-    wgmma_pin(dq);
-    if (state.has_previous) hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
-  }
   issue_scores<Traits>(s, loop.k, loop.q[stage], thread.warpgroup, 1);
-  probabilities<Traits, kMasked, kSquare / 2, kSquare>(p_operand[0], state.s, thread, rows, query0);
+  probabilities<Traits, kMasked>(p_operand[0], state.s, thread, rows, query0);
   wgmma_wait<1>();
   wgmma_pin(dp[0]);
   issue_gradient<Traits>(state.dv, p_operand[0], loop.dout[stage], 0);
   issue_scores<Traits>(dp[1], loop.v, loop.dout[stage], thread.warpgroup, 1);
   differentiate<Traits>(dp[0], state.s, thread, rows);
   pack_square<Element>(ds_operand[0], dp[0]);
+  if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
   wgmma_wait<2>();
   wgmma_pin(s);
   issue_gradient<Traits>(state.dk, ds_operand[0], loop.q[stage], 0);
-  if constexpr (kWantsDq) store_square<Traits>(loop.ds[stage][0], ds_operand[0]);
   probabilities<Traits, kMasked>(p_operand[1], s, thread, rows + kSquare, query0 + kSquare);
   wgmma_wait<1>();
   wgmma_pin(dp[1]);
@@ -156,24 +150,32 @@ __device__ __forceinline__ void step_of_two(BackwardState<Traits>& state, Backwa
 
   state.ring.advance();
   issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, !is_last);
-  issue_gradient<Traits>(state.dk, ds_operand[1], loop.q[stage], 1);
   if constexpr (kWantsDq) {
     store_square<Traits>(loop.ds[stage][1], ds_operand[1]);
-    publish_scores<Traits>(smem.full_ds[stage]);
+    fence_async_shared();
+    named_barrier_sync(kConsumerBarrier, Traits::kConsumerThreads);
   }
-  wgmma_wait<2>();
+  wgmma_wait<1>();
+  wgmma_pin(state.dk);
   wgmma_pin(state.dv);
   wgmma_keep(ds_operand[0]);
   wgmma_keep(p_operand[1]);
   if (releases) arrive(smem.empty_dout[stage]);
-  wgmma_wait<0>();
+  if constexpr (kWantsDq) issue_dq<Traits>(dq, loop.ds[stage][thread.warpgroup], loop.k, 0);
+  issue_gradient<Traits>(state.dk, ds_operand[1], loop.q[stage], 1);
+  wgmma_wait<1>();
   wgmma_pin(state.s);
+  if constexpr (kWantsDq) {
+    wgmma_pin(dq);
+    hand_over_dq<Traits>(dq, thread, smem, state.dq_phase);
+  }
+  wgmma_wait<0>();
   wgmma_pin(state.dk);
   wgmma_keep(ds_operand[1]);
   if (releases) arrive(smem.empty_q[stage]);
 }
 
-// dQ of the last step.
+// dQ of the last step of one square.
 template <class Traits>
 __device__ __forceinline__ void finish_dq(BackwardState<Traits>& state, BackwardStorage<Traits>& smem,
                                           const KeyThread<Traits>& thread) {
@@ -198,8 +200,6 @@ __device__ __forceinline__ void take_steps(BackwardState<Traits>& state, Backwar
   }
 }
 
-constexpr int kClearedBarrier = 1;
-
 // Zeros in the rows of keys that the mask hides: what they hold, NaN perhaps, would meet dS' = 0 in dQ.
 template <class Traits>
 __device__ __forceinline__ void clear_hidden_keys(BackwardStorage<Traits>& smem, const BackwardParams& p,
@@ -214,7 +214,7 @@ __device__ __forceinline__ void clear_hidden_keys(BackwardStorage<Traits>& smem,
     *reinterpret_cast<uint4*>(smem.loop.v.chunk(row, column)) = make_uint4(0, 0, 0, 0);
   }
   fence_async_shared();
-  named_barrier_sync(kClearedBarrier, Traits::kConsumerThreads);
+  named_barrier_sync(kConsumerBarrier, Traits::kConsumerThreads);
 }
 
 template <class Traits, bool kWantsDq>
@@ -236,7 +236,7 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKe
       take_steps<Traits, true, kWantsDq>(state, smem, thread, block.first_step, block.first_unmasked_step, last);
       take_steps<Traits, false, kWantsDq>(state, smem, thread, block.first_unmasked_step, block.end_step, last);
     }
-    if constexpr (kWantsDq) finish_dq<Traits>(state, smem, thread);
+    if constexpr (kWantsDq && Traits::kSquares == 1) finish_dq<Traits>(state, smem, thread);
   }
   write_gradients<Traits>(p, block, thread, smem.epilogue, state.dk, state.dv);
 }
