@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_arms import ARMS, Arm, Size, TrainingStep
+from training_arms import ARMS, POSITIONS, Arm, Size, TrainingStep
 from training_report import draw, table
 from training_timer import Record, copy_rate, measure, measure_memory
 
@@ -28,7 +28,7 @@ LOSS_TOLERANCE = 0.02
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    size = Size(options.dim, options.depth, options.heads, options.dim_head, options.vocab)
+    size = Size(options.dim, options.depth, options.heads, options.dim_head, options.vocab, options.positions)
     run: dict[str, Any] = {"meta": describe(options, size), "records": []}
     options.out.mkdir(parents=True, exist_ok=True)
     for seq_len in options.lengths:
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the whole model too")
     for name, default in {"dim": 768, "depth": 12, "heads": 12, "dim-head": 64, "vocab": 50257}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--positions", choices=list(POSITIONS), default="absolute")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="training-step")

@@ -16,6 +16,15 @@ from xtransformers_cosine_sim import counters, enable
 from xtransformers_cosine_sim.testing import native_scale
 
 SCALE = 8.0
+POSITIONS: dict[str, dict[str, Any]] = {
+    "absolute": {},
+    "rotary": {"rotary_pos_emb": True},
+    "alibi": {"alibi_pos_bias": True},
+    "t5": {"rel_pos_bias": True},
+    "dynamic": {"dynamic_pos_bias": True},
+}
+"""Beside x-transformers' learned absolute ones, which are always there. Its flash path takes neither t5 nor dynamic."""
+
 QK_NORM = {"attn_qk_norm": True, "attn_qk_norm_scale": native_scale(SCALE)}
 
 
@@ -28,10 +37,11 @@ class Size:
     heads: int
     dim_head: int
     vocab: int
+    positions: str = "absolute"
 
     def describe(self) -> str:
         heads = f"{self.heads} heads of {self.dim_head}"
-        return f"width {self.dim}, {self.depth} layers, {heads}, {self.vocab} tokens, learned absolute positions"
+        return f"width {self.dim}, {self.depth} layers, {heads}, {self.vocab} tokens, {self.positions} positions"
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,8 @@ class TrainingStep:
 def build_model(arm: Arm, size: Size, seq_len: int) -> nn.Module:
     """The same weights for every arm: none of the options changes what is drawn."""
     torch.manual_seed(0)
-    stack = Decoder(
-        dim=size.dim, depth=size.depth, heads=size.heads, attn_dim_head=size.dim_head, verbose=False, **arm.options
-    )
+    options = {**arm.options, **POSITIONS[size.positions], "attn_dim_head": size.dim_head, "verbose": False}
+    stack = Decoder(dim=size.dim, depth=size.depth, heads=size.heads, **options)
     model = TransformerWrapper(num_tokens=size.vocab, max_seq_len=seq_len, attn_layers=stack)
     if arm.enable is not None:
         enable(model, **arm.enable)

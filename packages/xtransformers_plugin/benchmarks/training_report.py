@@ -50,7 +50,8 @@ def table(run: dict[str, Any]) -> str:
 
 def _row(record: Record, records: list[Record]) -> str:
     if record["status"] != "ok":
-        return f"| {label(record)} | out of memory" + " |" * len(COLUMNS)
+        what = "out of memory" if record["status"] == "oom" else record["status"]
+        return f"| {label(record)} | {what}" + " |" * len(COLUMNS)
     baseline, floor = (_find(records, name, record["compiled"]) for name in (BASELINE, FLOOR))
     ratio = f"{baseline['ms'] / record['ms']:.2f}" if baseline else ""
     share = f"{1 - floor['ms'] / record['ms']:.0%}" if floor and not record["compiled"] else ""

@@ -16,7 +16,7 @@ WARM_UPS = 2  # the first makes the optimiser's state, and compiles
 
 Record = dict[str, Any]
 """arm, compiled, seq_len, batch, status; of "ok": ms, ms_min, ms_max, rounds, tokens_per_s, peak_bytes, first loss,
-fused_calls, stock_calls; of "oom" the reason."""
+fused_calls, stock_calls; of "oom" and "unsupported" the reason."""
 
 
 def measure_memory(record: Record, build: Callable[[], TrainingStep]) -> TrainingStep | None:
@@ -35,6 +35,8 @@ def measure_memory(record: Record, build: Callable[[], TrainingStep]) -> Trainin
         return step
     except torch.OutOfMemoryError as error:
         record |= {"status": "oom", "reason": str(error).splitlines()[0][:200]}
+    except AssertionError as error:  # of x-transformers: options that do not go together
+        record |= {"status": "unsupported", "reason": str(error)[:200]}
     del step
     free()
     return None

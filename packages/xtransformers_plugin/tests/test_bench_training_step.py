@@ -50,6 +50,14 @@ def test_all_arms_of_a_function_have_equal_losses_and_the_others_do_not(bench):
     assert losses["no attention"] != losses["softmax, plain"] != losses["qk-norm, plain"]
 
 
+def test_learned_position_biases_which_stock_flash_does_not_take(bench, tmp_path):
+    flags = [*SMALL, "--positions", "t5", "--lengths", "16", "--no-plot", "--out", str(tmp_path)]
+    assert bench["bench_training_step"].main(flags) == 0
+    status = {r["arm"]: r["status"] for r in json.loads((tmp_path / "training-step.json").read_text())["records"]}
+    assert {arm for arm, found in status.items() if found == "unsupported"} == {"qk-norm, flash", "softmax, flash"}
+    assert {status[arm] for arm in ("plugin, convert", "plugin, accelerate", "qk-norm, plain")} == {"ok"}
+
+
 def test_another_function_is_an_error(bench):
     records = [
         {"arm": name, "seq_len": 16, "loss": loss} for name, loss in (("qk-norm, plain", 4.0), ("qk-norm, flash", 4.1))
