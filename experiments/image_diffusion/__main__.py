@@ -25,14 +25,15 @@ from .data import load_digits
 from .report import write_report
 from .run import run_missing
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = sorted(Path(__file__).parent.glob("results*"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.report:
-        print(write_report(RESULTS, RESULTS.parent))
+        for folder in RESULTS:
+            print(f"{folder}\n\n{write_report(folder)}")
         return 0
     with usage_errors(parser):
         config = ImageConfig(**{spec.name: getattr(options, spec.name) for spec in fields(ImageConfig)})
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             print(f"Stopped. Finished runs are in {options.out}; the same command goes on with the others.")
             return INTERRUPTED
-    print(write_report(options.out, options.out))
+    print(write_report(options.out))
     return 0
 
 

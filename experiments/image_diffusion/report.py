@@ -25,18 +25,18 @@ DIGITS = {"held-out loss": 5, "class accuracy": 4}
 SHOWN = 20  # images an arm in samples.png
 
 
-def write_report(folder: Path, out: Path) -> str:
-    """The summary of the runs in `folder`, written to `out` with the plots. ValueError if there is no run."""
+def write_report(folder: Path) -> str:
+    """The summary of the runs in `folder`, written there with the plots. ValueError if there is no run."""
     results = read_results(folder)
     if not results:
         raise ValueError(f"{folder}: expected results of runs, found none")
     arms = by_arm(results, load_arms())
     parts = [_heading(results), _table(arms, results[0]["baseline"]), _differences(arms)]
     summary = "\n\n".join(parts) + "\n"
-    (out / "summary.md").write_text(summary, encoding="utf-8")
-    _plot_quality(out / "quality.png", arms, results[0]["baseline"])
-    _plot_levels(out / "levels.png", arms)
-    _plot_samples(out / "samples.png", arms)
+    (folder / "summary.md").write_text(summary, encoding="utf-8")
+    _plot_quality(folder / "quality.png", arms, results[0]["baseline"])
+    _plot_levels(folder / "levels.png", arms)
+    _plot_samples(folder / "samples.png", arms)
     return summary
 
 

@@ -29,8 +29,8 @@ MEASURES = {
 }
 
 
-def write_report(folder: Path, out: Path) -> str:
-    """The summary of the runs in `folder`, written to `out` with the plots. ValueError if there is no run."""
+def write_report(folder: Path) -> str:
+    """The summary of the runs in `folder`, written there with the plots. ValueError if there is no run."""
     results = read_results(folder)
     if not results:
         raise ValueError(f"{folder}: expected results of runs, found none")
@@ -41,9 +41,9 @@ def write_report(folder: Path, out: Path) -> str:
         parts += [f"{task}: {text}\n\n{_table(arms, name)}" for name, text in MEASURES.items()]
     parts.append(_scales(found))
     summary = "\n\n".join(part for part in parts if part) + "\n"
-    (out / "summary.md").write_text(summary, encoding="utf-8")
-    plot_theory(out / "theory.png")
-    _plot_lengths(out / "lengths.png", found)
+    (folder / "summary.md").write_text(summary, encoding="utf-8")
+    plot_theory(folder / "theory.png")
+    _plot_lengths(folder / "lengths.png", found)
     return summary
 
 
