@@ -25,7 +25,7 @@ THEORY_DIM = 64
 MEASURES = {
     "accuracy": "accuracy",
     "loss": "loss, nats an answer",
-    "top": "largest attention probability, mean over queries",
+    "top": "largest attention probability",
 }
 
 
@@ -147,7 +147,9 @@ def _plot_lengths(path: Path, found: dict[str, dict[str, list[Result]]]) -> None
                 if measure == "top" and runs[0]["scales"] == [] and math.isfinite(bound := load_arms()[name].bound):
                     lengths = runs[0]["config"]["train_length"], runs[0]["config"]["longest"]
                     _draw_bound(panel, bound, *lengths, f"C{index}")
-            panel.set(xscale="log", ylabel=text if column == 0 else "", yscale="log" if measure == "loss" else "linear")
+            panel.set(ylabel=text if column == 0 else "", yscale="log" if measure == "loss" else "linear")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
             panel.grid(alpha=0.3)
         axes[0, column].set_title(task)
         axes[-1, column].set_xlabel("length (solid: scale of training, dashed: growing as log n)", fontsize=8)
