@@ -46,8 +46,7 @@ class PositionBias(ABC):
     def diagonals(self, nq: int, nk: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The distinct entries of `materialize`, (*leading, nq + nk - 1): that of pair (i, j) is nq - 1 + j - i."""
         self.check_lengths(nq, nk)
-        steps = torch.arange(max(nq + nk - 1, 0), device=self.device)
-        return self.values(steps - (nk - 1), dtype).to(dtype)
+        return self.values(torch.arange(1 - nk, max(nq, 1 - nk), device=self.device), dtype).to(dtype)
 
     def materialize(self, nq: int, nk: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense bias (*leading, nq, nk): the definition, for the reference path and for checks. O(n^2) memory."""
@@ -88,8 +87,8 @@ class AlibiBias(PositionBias):
     Example:
         >>> bias = AlibiBias(alibi_slopes(8))
         >>> bias.materialize(2, 3)[0]
-        tensor([[-0.5000, -0.0000, -0.5000],
-                [-1.0000, -0.5000, -0.0000]])
+        tensor([[-0.5000,  0.0000, -0.5000],
+                [-1.0000, -0.5000,  0.0000]])
     """
 
     slopes: Tensor
@@ -115,12 +114,13 @@ class AlibiBias(PositionBias):
 
     def values(self, relative_position: Tensor, dtype: torch.dtype) -> Tensor:
         def times(slopes: Tensor, distance: Tensor) -> Tensor:
-            return slopes.to(dtype).reshape(*slopes.shape, *(1,) * distance.ndim) * distance.to(dtype)
+            return slopes.to(dtype).reshape(*slopes.shape, *(1,) * distance.ndim) * distance
 
         if self.future_slopes is None:
-            return -times(self.slopes, relative_position.abs())
-        past, future = (-relative_position).clamp_min(0), relative_position.clamp_min(0)
-        return -(times(self.slopes, past) + times(self.future_slopes, future))
+            return times(self.slopes, -relative_position.abs())
+        return times(self.slopes, relative_position.clamp_max(0)) - times(
+            self.future_slopes, relative_position.clamp_min(0)
+        )
 
 
 def alibi_slopes(heads: int) -> Tensor:
