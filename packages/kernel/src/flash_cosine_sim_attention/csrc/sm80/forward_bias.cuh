@@ -98,15 +98,9 @@ class BiasChunk<Config, Bias::kToeplitz> {
     window_.load(p, bias_diagonals(p, index), first_key - first_row - 8 * kAbove);
   }
 
-  __device__ __forceinline__ void add_to(float (&x)[Config::kRowTiles][Config::kScoreTiles][4]) const {
-#pragma unroll
-    for (int m = 0; m < Config::kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < Config::kScoreTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[m][n][e] += window_.values[n - 2 * m - e / 2 + kAbove][e % 2];
-      }
-    }
+  // In the base of the logits.
+  __device__ __forceinline__ float operator()(int m, int n, int e) const {
+    return window_.values[n - 2 * m - e / 2 + kAbove][e % 2];
   }
 };
 

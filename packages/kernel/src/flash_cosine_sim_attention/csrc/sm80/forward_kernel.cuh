@@ -211,8 +211,8 @@ class ForwardBlock {
       bias.load(p_, index_, query_of(0, 0), tile * kBlockN + chunk * kChunkN + lane_ % 4 * 2);
       Scores x;
       multiply_keys(x, stage, chunk);
-      scale_scores(x, smem_.k_rnorm[stage] + chunk * kChunkN);
-      bias.add_to(x);
+      scale_scores(x, smem_.k_rnorm[stage] + chunk * kChunkN, bias);
+      if constexpr (kBias != Bias::kToeplitz) bias.add_to(x);
       if constexpr (kMasked) hide(x, bits, tile, chunk);
       if constexpr (Config::kSoftmax == Softmax::kRunningMax) follow_maximum(x);
       Weights weights;
@@ -277,8 +277,9 @@ class ForwardBlock {
     }
   }
 
-  // x = s * k_rnorm * row_factor, and with a bounded softmax already minus the shift
-  __device__ __forceinline__ void scale_scores(Scores& x, const float* k_rnorm) const {
+  // x = s * k_rnorm * row_factor, with a bounded softmax already minus the shift, and plus a bias that needs no conversion
+  __device__ __forceinline__ void scale_scores(Scores& x, const float* k_rnorm,
+                                               const BiasChunk<Config, kBias>& bias) const {
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
       const float2 factors = *reinterpret_cast<const float2*>(k_rnorm + n * 8 + lane_ % 4 * 2);
@@ -289,6 +290,8 @@ class ForwardBlock {
           const float cosine = x[m][n][e] * (e % 2 == 0 ? factors.x : factors.y);
           if constexpr (Config::kSoftmax == Softmax::kBounded) {
             x[m][n][e] = fmaf(cosine, row_factor_[m][e / 2], -softmax_.shift[m][e / 2]);
+          } else if constexpr (kBias == Bias::kToeplitz) {
+            x[m][n][e] = fmaf(cosine, row_factor_[m][e / 2], bias(m, n, e));
           } else {
             x[m][n][e] = cosine * row_factor_[m][e / 2];
           }
