@@ -1,7 +1,7 @@
 """Regular against cosine-sim attention in a diffusion transformer on scikit-learn's digits: loss and Frechet distance.
 
     python -m experiments.image_diffusion --device cuda --seeds 0 1 2            all arms, minutes on a large GPU
-    python -m experiments.image_diffusion --steps 200 --dim 64 --depth 2         a look at it on a CPU
+    python -m experiments.image_diffusion --seeds 0 --steps 300 --dim 48 --depth 2   a look at it on a CPU
     python -m experiments.image_diffusion --report             table and plots of the results in git
 
 Runs whose results are in --out are not repeated.

@@ -30,6 +30,8 @@ def write_report(folder: Path) -> str:
     results = read_results(folder)
     if not results:
         raise ValueError(f"{folder}: expected results of runs, found none")
+    if any(abs(run["baseline"]["fd_test"] - results[0]["baseline"]["fd_test"]) > 1e-3 for run in results):
+        raise ValueError(f"{folder}: expected runs whose distances are in the same features, got different baselines")
     arms = by_arm(results, load_arms())
     parts = [_heading(results), _table(arms, results[0]["baseline"]), _differences(arms)]
     summary = "\n\n".join(parts) + "\n"

@@ -1,7 +1,7 @@
 """Sharpness: two-layer models that look up one place among n, by the attention's scale and the length.
 
     python -m experiments.sharpness --device cuda --seeds 0 1 2 3         all tasks and arms, minutes on a large GPU
-    python -m experiments.sharpness --tasks recall --longest 1024 --vocabulary 1024 --dim 64 --heads 1
+    python -m experiments.sharpness --seeds 0 --tasks recall --arms regular cosine-s8 --longest 2048   minutes on a CPU
     python -m experiments.sharpness --report             table and plots of the results in git
 
 Runs whose results are in --out are not repeated.
