@@ -76,8 +76,8 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_backward_d128_toeplitz": 256,
     "sm80_backward_d192_toeplitz": 64,
     "sm80_backward_d256_toeplitz": 192,
-    # Loop state; at head dim 128 dk and dv hold 128 of a consumer's 240 registers. The larger figure is of the kernel without
-    # dQ, which serves where no gradient of q is wanted.
+    # Loop state; at head dim 128 dk and dv hold 128 of a consumer's 240 registers. The larger figure is of the kernel
+    # without dQ, which serves where no gradient of q is wanted.
     "sm90_backward_d64_plain": 24,
     "sm90_backward_d128_plain": 80,
 }
