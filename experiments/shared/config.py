@@ -16,6 +16,7 @@ import torch
 
 Arm = Mapping[str, Any]
 
+MODELS = ("x-transformers", "ensemble")
 ATTENTIONS = ("regular", "cosine", "native")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = ("pre", "post", "deepnet", "sandwich")
@@ -32,6 +33,11 @@ class RunConfig:
     """Everything that a run's result depends on. The defaults are sized for two CPU cores."""
 
     data: str = _field("stdlib", "stdlib, tinyshakespeare, enwik8, or the path of any file, .gz too")
+    model: str = _field(
+        "x-transformers",
+        "x-transformers: its decoder, cosine attention by the plugin; ensemble: decoder.py, seeds of an arm as one",
+        MODELS,
+    )
     attention: str = _field(
         "cosine",
         "regular: softmax of scaled dot products; cosine: fused, through the plugin; "

@@ -45,6 +45,10 @@ class AttentionCalls:
 
 def build_model(config: RunConfig) -> TransformerWrapper:
     """The model of one run on its device, seeded, with its attention chosen."""
+    if config.model != "x-transformers":
+        raise ValueError(
+            f"model: expected x-transformers for a run of its own, got {config.model}: see run_ensembles.py"
+        )
     torch.manual_seed(config.seed)
     model = TransformerWrapper(
         num_tokens=NUM_BYTES,

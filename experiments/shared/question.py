@@ -24,6 +24,7 @@ from .grid import require_fused
 from .interrupt import INTERRUPTED, stop_requested
 from .progress import Progress
 from .results_file import ResultsFile, read_runs
+from .run_ensembles import run_ensembles
 from .together import Job, Observer, run_together
 
 Report = Callable[["Question", dict[str, Any], Path], str]  # (question, results, folder for plots) -> Markdown
@@ -87,33 +88,40 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
 
     began = time.monotonic()
     values = given(options)
-    rates = (
-        (values.pop("lr"),) if question.rates and "lr" in values else question.rates
-    )  # of the sweep, not of the base
+    rates = question.rates
+    if rates and "lr" in values:  # one of the sweep, not another base
+        rates = (values.pop("lr"),)
     base = RunConfig(**{**question.base, **values})
     corpus = load_corpus(base.data)
     print(corpus.describe())
     arms = {name: question.arms[name] for name in options.arms or question.arms}
     shard, shards = options.shard
-    jobs = replace(question, arms=arms, rates=rates).jobs(base, options.seeds)[shard::shards]
+    jobs = _share(replace(question, arms=arms, rates=rates).jobs(base, options.seeds), shard, shards)
     path = options.out / ("results.json" if shards == 1 else f"results-{shard + 1}of{shards}.json")
     results = ResultsFile(path, base, corpus, environment())
     earlier = [ResultsFile(found, base, corpus, {}) for found in sorted(options.out.glob("results*.json"))]
     jobs = [job for job in jobs if not any(file.has(job) for file in earlier)]
 
     def note(job: Job, result: dict[str, Any]) -> None:
-        require_fused({job.name: [result]})
+        if base.model != "ensemble":  # which raises where it would not be
+            require_fused({job.name: [result]})
         results.add(job, result)
 
     with stop_requested() as asked, closing(Progress(sum(job.config.steps for job in jobs))) as progress:
-        return run_together(
-            jobs,
-            corpus,
-            options.out / "checkpoints",
-            options.together,
-            lambda: asked() or time.monotonic() - began > options.time_limit,
-            Observer(progress.add, note),
-        )
+        observer = Observer(progress.add, note)
+
+        def should_stop() -> bool:
+            return asked() or time.monotonic() - began > options.time_limit
+
+        if base.model == "ensemble":
+            return run_ensembles(jobs, corpus, options.together, should_stop, observer)
+        return run_together(jobs, corpus, options.out / "checkpoints", options.together, should_stop, observer)
+
+
+def _share(jobs: list[Job], shard: int, shards: int) -> list[Job]:
+    """Every `shards`-th arm at a learning rate, with all its seeds."""
+    mine = list(dict.fromkeys((job.arm, job.config.lr) for job in jobs))[shard::shards]
+    return [job for job in jobs if (job.arm, job.config.lr) in mine]
 
 
 def _parser(question: Question) -> argparse.ArgumentParser:

@@ -77,7 +77,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {
         "step": [row["step"] for row in rows],
         "train_bpb": [_round(row["train_bpb"]) for row in rows],
-        "grad_norm": [_round(row["grad_norm"]) for row in rows],
+        "grad_norm": [_round(row["grad_norm"]) for row in rows if "grad_norm" in row],
         "val_step": [row["step"] for row in validated],
         "val_bpb": [_round(row["val_bpb"]) for row in validated],
     }

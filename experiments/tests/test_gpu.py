@@ -10,6 +10,7 @@ import pytest
 
 from experiments.shared.config import RunConfig
 from experiments.shared.data import Corpus
+from experiments.shared.run_ensembles import run_ensembles
 from experiments.shared.together import Job, Observer, run_together
 from experiments.shared.train import Trainer
 
@@ -78,3 +79,33 @@ def test_runs_that_share_the_gpu_do_not_disturb_each_other(on_gpu: Tiny, corpus:
         alone = trained(job.config, corpus)
         assert found[job.arm]["val_bpb"] == pytest.approx(alone.rows[-1]["val_bpb"], abs=1e-3)
         assert (found[job.arm]["fused_calls"] > 0) == (job.arm != "regular")
+
+
+def test_an_ensemble_learns_what_it_learns_on_the_cpu(on_gpu: Tiny, corpus: Corpus):
+    """Captured steps, float32; the CPU runs them one by one."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"cpu": {}, "cuda": {}}
+    norms = {"pre": "regular", "post": "cosine", "deepnet": "regular", "sandwich": "cosine"}
+    for device, results in found.items():
+        ordinary = [
+            Job(norm, on_gpu(model="ensemble", device=device, norm=norm, attention=attention, seed=seed))
+            for norm, attention in norms.items()
+            for seed in (0, 1)
+        ]
+        learned = [
+            Job("learned", on_gpu(model="ensemble", device=device, learned_scale=True, seed=seed)) for seed in (0, 1)
+        ]
+        observer = Observer(lambda _: None, lambda job, result, into=results: into.update({job.name: result}))  # type: ignore[misc]
+        assert run_ensembles([*ordinary, *learned], corpus, 3, lambda: False, observer)
+    for name, result in found["cpu"].items():
+        assert found["cuda"][name]["val_bpb"] == pytest.approx(result["val_bpb"], abs=5e-3), name
+
+
+@pytest.mark.parametrize("backend", ["", "plain", "chunked"])
+def test_an_ensemble_in_bfloat16_on_every_path(on_gpu: Tiny, corpus: Corpus, backend: str):
+    config = on_gpu(model="ensemble", backend=backend, dtype="bf16", steps=60)
+    results: list[dict[str, Any]] = []
+    observer = Observer(lambda _: None, lambda _, result: results.append(result))
+    assert run_ensembles(
+        [Job("", replace(config, seed=seed)) for seed in (0, 1, 2)], corpus, 1, lambda: False, observer
+    )
+    assert all(result["val_bpb"] < 6 for result in results)

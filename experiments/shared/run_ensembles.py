@@ -1,0 +1,148 @@
+"""The runs of a question with all seeds of an arm as one model: several times as many in the same time on a GPU.
+
+Fewer launches, and nothing but launches is shared: a member of an ensemble learns what it would learn alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .captured import Batch, Lane, Pool, Schedule, train_lanes, use_device
+from .config import DTYPES, RunConfig
+from .data import Corpus, train_batch, val_batches
+from .decoder import Decoder, decoder_inits, start_deepnet
+from .ensemble import Members
+from .metrics import BITS_PER_NAT
+from .optim import learning_rate
+from .together import Job, Observer
+
+CHUNK = 50  # steps whose batches wait on the device, and a row of the metrics
+VAL_WINDOWS = 64  # of a batch: there is no gradient to keep
+
+
+class EnsembleRun:
+    """All seeds of one arm at one learning rate."""
+
+    def __init__(self, jobs: Sequence[Job], pool: Pool) -> None:
+        self.jobs = jobs
+        self.config = jobs[0].config
+        device = torch.device(self.config.device)
+        self.members = Members(decoder_inits(self.config), [job.config.seed for job in jobs], device)
+        if self.config.norm == "deepnet":
+            start_deepnet(self.members, self.config.depth)
+        self.decoder = Decoder(self.config, device)
+        schedule = Schedule(self.config.steps, self.config.lr, self.config.warmup, self.config.grad_clip)
+        self.lane = Lane(self.members, self._losses, schedule, pool, DTYPES[self.config.dtype])
+        self.rows: list[list[dict[str, Any]]] = [[] for _ in jobs]
+
+    def _losses(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+        return self.decoder.losses(weights, batch["windows"])
+
+    def note(self, step: int, losses: list[float], held_out: Sequence[Tensor]) -> None:
+        """A row of every member's metrics."""
+        validate = step % self.config.eval_every == 0 or step == self.config.steps
+        found = self.validate(held_out) if validate else []
+        for index, rows in enumerate(self.rows):
+            row = {"step": step, "lr": learning_rate(self.config, step - 1), "train_bpb": losses[index] * BITS_PER_NAT}
+            rows.append({**row, "val_bpb": found[index]} if validate else row)
+
+    def validate(self, held_out: Sequence[Tensor]) -> list[float]:
+        """Bits per byte of each member on the same windows."""
+        weights, members = self.lane.weights(), len(self.jobs)
+        with torch.no_grad():
+            sums = [
+                self.decoder.losses(weights, windows.expand(members, -1, -1)).double() * len(windows)
+                for windows in held_out
+            ]
+        mean = torch.stack(sums).sum(0) / sum(map(len, held_out)) * BITS_PER_NAT
+        return [float(value) for value in mean]
+
+    def results(self) -> list[tuple[Job, dict[str, Any]]]:
+        return [(job, self._result(index)) for index, job in enumerate(self.jobs)]
+
+    def _result(self, index: int) -> dict[str, Any]:
+        rows = self.rows[index]
+        last = rows[-1]["val_bpb"]
+        finite = math.isfinite(last)
+        scales = [
+            weight[index].exp().tolist()
+            for name, weight in self.members.unpack(self.members.flat.detach()).items()
+            if name.endswith("log_scale")
+        ]
+        return {
+            "parameters": self.members.parameters_each,
+            "val_bpb": last if finite else None,
+            "diverged_at": None if finite else _first_bad(rows),
+            "learned_scales": scales,
+            "rows": rows,
+        }
+
+
+def _first_bad(rows: list[dict[str, Any]]) -> int:
+    return next((row["step"] for row in rows if not math.isfinite(row["train_bpb"])), rows[-1]["step"])
+
+
+def run_ensembles(
+    jobs: Iterable[Job], corpus: Corpus, together: int, should_stop: Callable[[], bool], observer: Observer
+) -> bool:
+    """Trains all jobs, `together` arms at a time, whose seeds, batches and number of steps agree.
+
+    False if it was stopped: runs that are not finished begin anew the next time.
+    """
+    waves = _waves(list(jobs), together)
+    return all(not should_stop() and _run_wave(wave, corpus, should_stop, observer) for wave in waves)
+
+
+def _run_wave(wave: list[list[Job]], corpus: Corpus, should_stop: Callable[[], bool], observer: Observer) -> bool:
+    config, seeds = wave[0][0].config, [job.config.seed for job in wave[0]]
+    device = use_device(config.device)
+    pool = Pool(lambda chunk: _windows(corpus, config, seeds, chunk, device), CHUNK)
+    runs = {f"{arm[0].name}": EnsembleRun(arm, pool) for arm in wave}
+    count = config.batch_size * config.eval_batches
+    held_out = torch.cat(val_batches(corpus, 1, config.seq_len, count)).to(torch.uint8).to(device).split(VAL_WINDOWS)
+
+    def after_chunk(step: int, losses: dict[str, list[float]]) -> None:
+        for name, run in runs.items():
+            run.note(step, losses[name], held_out)
+        observer.steps(((step - 1) % CHUNK + 1) * len(seeds) * len(runs))
+
+    lanes = {name: run.lane for name, run in runs.items()}
+    with warnings.catch_warnings():
+        if device.type == "cuda":  # the plain path where a kernel was to serve
+            warnings.simplefilter("error", RuntimeWarning)
+        finished = train_lanes(lanes, pool, config.steps, should_stop, after_chunk)
+    if finished:
+        for run in runs.values():
+            for job, result in run.results():
+                observer.result(job, result)
+    return finished
+
+
+def _windows(corpus: Corpus, config: RunConfig, seeds: Sequence[int], chunk: int, device: torch.device) -> Batch:
+    """(CHUNK, s, b, n + 1) uint8: to each member the batches that its seed alone would see."""
+    steps = range(chunk * CHUNK, (chunk + 1) * CHUNK)
+    batches = [
+        torch.stack([train_batch(corpus, config.batch_size, config.seq_len, seed, step) for seed in seeds])
+        for step in steps
+    ]
+    return {"windows": torch.stack(batches).to(torch.uint8).to(device)}
+
+
+def _waves(jobs: list[Job], together: int) -> list[list[list[Job]]]:
+    """Jobs that differ in the seed alone are one ensemble; ensembles of one shape of batch and seeds run at once."""
+    ensembles: dict[tuple[str, RunConfig], list[Job]] = {}
+    for job in jobs:
+        ensembles.setdefault((job.arm, replace(job.config, seed=0)), []).append(job)
+    alike: dict[tuple[Any, ...], list[list[Job]]] = {}
+    for (_, config), members in ensembles.items():
+        seeds = tuple(job.config.seed for job in members)
+        shape = (config.steps, config.batch_size, config.seq_len, config.eval_every)
+        alike.setdefault((seeds, shape), []).append(members)
+    return [group[first : first + together] for group in alike.values() for first in range(0, len(group), together)]
