@@ -20,6 +20,7 @@ from typing import Any
 
 from .config import Arm, RunConfig, add_flags, given, usage_errors, with_arm
 from .data import load_corpus
+from .environment import environment
 from .grid import require_fused
 from .interrupt import INTERRUPTED, stop_requested
 from .progress import Progress
@@ -84,8 +85,6 @@ def main(folder: Path, report: Report, arguments: Sequence[str] | None = None) -
 
 
 def _train(question: Question, options: argparse.Namespace) -> bool:
-    from .report import environment  # matplotlib comes with it
-
     began = time.monotonic()
     values = given(options)
     rates = question.rates
@@ -97,7 +96,7 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
     arms = {name: question.arms[name] for name in options.arms or question.arms}
     shard, shards = options.shard
     jobs = _share(replace(question, arms=arms, rates=rates).jobs(base, options.seeds), shard, shards)
-    path = options.out / ("results.json" if shards == 1 else f"results-{shard + 1}of{shards}.json")
+    path = options.out / (f"results-{options.tag}.json" if options.tag else "results.json")
     results = ResultsFile(path, base, corpus, environment())
     earlier = [ResultsFile(found, base, corpus, {}) for found in sorted(options.out.glob("results*.json"))]
     jobs = [job for job in jobs if not any(file.has(job) for file in earlier)]
@@ -136,7 +135,8 @@ def _parser(question: Question) -> argparse.ArgumentParser:
         "--together", type=int, default=1, help="runs at a time, on a GPU with --cuda-graph (default: 1)"
     )
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds, then save and stop")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), help="I/N: the I-th of N processes that share the runs")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), help="I/N: the I-th part of the arms, of N")
+    parser.add_argument("--tag", help="write results-TAG.json: for processes that are at work at once, one TAG each")
     add_flags(parser, skip=("attention", "seed"))
     return parser
 

@@ -72,7 +72,7 @@ def test_shards_share_the_runs(tiny_flags: list[str], tmp_path: Path):
 
     command = flags(tiny_flags, "--arms", "pre regular", "post cosine")
     for shard in ("1/2", "2/2"):
-        assert main(folder, report, [*command, "--shard", shard]) == 0
+        assert main(folder, report, [*command, "--shard", shard, "--tag", shard[0]]) == 0
     assert [len(content["runs"]) for content in seen] == [2, 4]
     keys = [(run["arm"], run["config"]["seed"]) for run in seen[-1]["runs"]]
     assert len(set(keys)) == 4
