@@ -116,7 +116,7 @@ def _run_wave(wave: list[list[Job]], corpus: Corpus, should_stop: Callable[[], b
     lanes = {name: run.lane for name, run in runs.items()}
     with warnings.catch_warnings():
         if device.type == "cuda":  # the plain path where a kernel was to serve
-            warnings.simplefilter("error", RuntimeWarning)
+            warnings.filterwarnings("error", message="flash_cosine_sim_attention runs on its plain")
         finished = train_lanes(lanes, pool, config.steps, should_stop, after_chunk)
     if finished:
         for run in runs.values():
