@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs an arm (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
     parser.add_argument("--resume", action="store_true", help="keep finished runs in --out, go on with a stopped one")
-    add_flags(parser, skip=("attention", "seed"))
+    add_flags(parser, skip=("model", "attention", "seed"))
     return parser
 
 

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint-every", type=int, default=0, help="steps between checkpoints (default: 0, at the end only)"
     )
-    add_flags(parser)
+    add_flags(parser, skip=("model",))
     return parser
 
 

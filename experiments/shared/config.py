@@ -167,8 +167,8 @@ def usage_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The inverse of `to_dict`; what is no field is left out."""
-    return RunConfig(**{spec.name: values[spec.name] for spec in fields(RunConfig)})
+    """The inverse of `to_dict`; what is no field is left out, a field younger than `values` has its default."""
+    return RunConfig(**{spec.name: values[spec.name] for spec in fields(RunConfig) if spec.name in values})
 
 
 def with_arm(base: RunConfig, arm: Arm, seed: int) -> RunConfig:
