@@ -70,6 +70,12 @@ EMULATED += [variant_for("sm90", "backward", dtype, d, "plain") for dtype, d in 
     ],
     ids=str,
 )
-def test_backward(dtype, d, options):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward(dtype, d, options, deterministic):
+    """Deterministic: blocks of keys add to dq in order; the emulator fails one that waits for a block that runs later."""
     sizes = {"nq": 140, "nk": 270, "d": d} | options
-    assert_close_to_reference(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes), backend="sm90", lse=True)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert_close_to_reference(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes), backend="sm90", lse=True)
+    finally:
+        torch.use_deterministic_algorithms(False)

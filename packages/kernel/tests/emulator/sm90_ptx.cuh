@@ -38,6 +38,14 @@ inline void bulk_wait() {
 inline void initialize(uint64_t& barrier, uint32_t arrivals) { emulator::barrier_init(&barrier, arrivals); }
 inline void fence_barrier_initialization() {}
 inline void fence_async_shared() { emulator::fence_async(); }
+inline void fence_async_global() {}
+
+inline void store_release(uint32_t* word, uint32_t value) { *word = value; }
+// Blocks run one after another: what is not there now never comes.
+inline uint32_t wait_for_value(const uint32_t* word, uint32_t value) {
+  if (*word < value) emulator::fail("waits for a block that runs later");
+  return *word;
+}
 
 inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) { emulator::named_barrier(id, threads, false); }

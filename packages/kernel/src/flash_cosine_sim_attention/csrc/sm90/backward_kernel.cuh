@@ -224,6 +224,7 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKe
   BackwardState<Traits> state;
 #pragma unroll
   for (int i = 0; i < Traits::kHeadDim / 2; ++i) state.dk[i] = state.dv[i] = 0.0f;
+  wait_for_prologue();
   wait(smem.full_kv, 0);
   if (block.first_step < block.end_step) {
     clear_hidden_keys<Traits>(smem, p, block);
@@ -261,18 +262,21 @@ __device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& sme
   __syncthreads();
 }
 
-template <class Traits, bool kWantsDq>
+// kOrdered: the additions to dq in a fixed order.
+template <class Traits, bool kWantsDq, bool kOrdered>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<BackwardStorage<Traits>*>(raw);
-  const BlockOfKeys<Traits> block(p, blockIdx.x);
+  const BlockOfKeys<Traits> block(p, kOrdered ? ordered_block<Traits>(p, blockIdx.x) : blockIdx.x);
+  let_next_kernel_start();
   initialize_barriers<Traits>(smem);
   if (threadIdx.x < 128) {
     shrink_registers<Traits::kProducerRegisters>();
     if (threadIdx.x == 0) produce<Traits>(p, maps, block, smem);
     if (kWantsDq && threadIdx.x % 32 == 0 && threadIdx.x / 32 >= 1 && threadIdx.x / 32 <= Traits::kConsumerWarpgroups) {
-      add_dq<Traits>(p, block, smem, threadIdx.x / 32 - 1);
+      const int warpgroup = threadIdx.x / 32 - 1;
+      kOrdered ? add_dq_in_order<Traits>(p, block, smem, warpgroup) : add_dq<Traits>(p, block, smem, warpgroup);
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();

@@ -75,6 +75,25 @@ __device__ __forceinline__ void bulk_wait() {
 // of other threads after a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders accesses to global memory by this thread's asynchronous operations and its ordinary ones, both ways.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- words in global memory by which blocks wait for each other ----
+
+// Publishes what this thread has done, and what it knows of others, together with `value`.
+__device__ __forceinline__ void store_release(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(value) : "memory");
+}
+
+// Waits for at least `value`, and returns what is there; what was published with it is visible from here on.
+__device__ __forceinline__ uint32_t wait_for_value(const uint32_t* word, uint32_t value) {
+  uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(__cvta_generic_to_global(word)) : "memory");
+  } while (found < value);
+  return found;
+}
+
 // ---- barriers of some warps of a block; id 0 is that of __syncthreads ----
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
