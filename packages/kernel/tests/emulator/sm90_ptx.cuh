@@ -20,6 +20,7 @@ inline void arrive_and_expect(uint64_t& barrier, uint32_t bytes) { emulator::bar
 inline void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t& barrier) {
   emulator::load_box(smem, map, coordinates, &barrier);
 }
+inline void prefetch_map(const CUtensorMap&) {}
 inline void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   emulator::bulk_load(smem, global, bytes, &barrier);
 }

@@ -270,6 +270,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& smem = *reinterpret_cast<BackwardStorage<Traits>*>(raw);
   const BlockOfKeys<Traits> block(p, kOrdered ? ordered_block<Traits>(p, blockIdx.x) : blockIdx.x);
   let_next_kernel_start();
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&maps.v, &maps.k, &maps.q, &maps.dout}) prefetch_map(map->map);
+  }
   initialize_barriers<Traits>(smem);
   if (threadIdx.x < 128) {
     shrink_registers<Traits::kProducerRegisters>();

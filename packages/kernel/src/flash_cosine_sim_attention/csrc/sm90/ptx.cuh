@@ -43,6 +43,11 @@ __device__ __forceinline__ void load_box(void* smem, const CUtensorMap& map, con
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, smem, &map, coordinates, &barrier);
 }
 
+// Fetches the map itself, which the first load_box would otherwise wait for.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // `bytes` contiguous bytes to shared memory; they count at the barrier. Both addresses and bytes: multiples of 16.
 __device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, smem, global, bytes, &barrier);
