@@ -44,7 +44,11 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   constexpr auto kKernel = backward_kernel<Traits, kWantsDq, kOrdered>;
   error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  return launch_early<kKernel>(static_cast<int>(blocks), Traits::kThreads, kBytes, stream, p, maps);
+  int processors = 0;
+  error = multiprocessor_count(&processors);
+  if (error != cudaSuccess) return error;
+  return launch_early<kKernel>(static_cast<int>(blocks < processors ? blocks : processors), Traits::kThreads, kBytes, stream, p,
+                               maps);
 }
 
 template <class Traits>

@@ -66,17 +66,20 @@ __device__ __forceinline__ void write_grouped_gradients(const BackwardParams& p,
   }
 }
 
-// A warpgroup, when its products are done.
+// A warpgroup, when its products are done: shared memory is given back to the producer as soon as it is not needed any more.
 template <class Traits>
 __device__ __forceinline__ void write_gradients(const BackwardParams& p, const BlockOfKeys<Traits>& block,
                                                 const KeyThread<Traits>& thread,
-                                                typename BackwardStorage<Traits>::Epilogue& smem,
-                                                const RowAccumulators<Traits>& dk,
+                                                BackwardStorage<Traits>& smem, const RowAccumulators<Traits>& dk,
                                                 const RowAccumulators<Traits>& dv) {
-  if (p.l2norm_qk && p.groups > 1) {
-    write_grouped_gradients<Traits>(p, block, thread, smem, dk, dv);
-    return;
+  const bool grouped = p.l2norm_qk && p.groups > 1;
+  if (grouped) {
+    write_grouped_gradients<Traits>(p, block, thread, smem.epilogue, dk, dv);
+    fence_async_shared();
+    __syncwarp();
   }
+  if (threadIdx.x % 32 == 0) arrive(smem.empty_kv);
+  if (grouped) return;
   using Element = typename Traits::Element;
   const auto rows =
       backward::projected_keys<Traits>(p, block.index, block.first_key, block.num_keys, mask_row(p, block.index));

@@ -16,14 +16,6 @@
 
 namespace fcsa::sm90 {
 
-// The block of keys that block of threads `block` owns: causal runs through the keys of a kv head backwards.
-template <class Traits>
-__device__ __forceinline__ uint32_t ordered_block(const Problem& p, uint32_t block) {
-  if (!p.causal) return block;
-  const uint32_t num_tiles = ceil_div(p.num_keys, Traits::kBlockK), tile = block % num_tiles;
-  return block - tile + (num_tiles - 1 - tile);
-}
-
 // Of one thread, which adds the dq of one warpgroup.
 template <class Traits>
 class DqTurns {

@@ -9,17 +9,19 @@
 
 namespace fcsa::sm90 {
 
-// One thread.
+// One thread. The tiles of a block of keys are loaded while the gradients of the one before are on their way out.
 template <class Traits>
 __device__ __forceinline__ void produce(const BackwardParams& p, const BackwardMaps& maps,
-                                        const BlockOfKeys<Traits>& block, BackwardStorage<Traits>& smem) {
+                                        const BlockOfKeys<Traits>& block, BackwardStorage<Traits>& smem,
+                                        RingPosition<Traits::kStages>& ring, uint32_t& kv_phase) {
   const TileIndex& kv = block.index;
+  wait(smem.empty_kv, kv_phase ^ 1);
+  kv_phase ^= 1;
   arrive_and_expect(smem.full_kv, 2 * Traits::KeyTile::kBytes);
   load_tile(smem.loop.v, maps.v, block.first_key, kv.head, kv.b1, kv.b0, smem.full_kv);
   if (p.k_unit == nullptr) load_tile(smem.loop.k, maps.k, block.first_key, kv.head, kv.b1, kv.b0, smem.full_kv);
   wait_for_prologue();
   if (p.k_unit != nullptr) load_tile(smem.loop.k, maps.k, block.first_key, kv.head, kv.b1, kv.b0, smem.full_kv);
-  RingPosition<Traits::kStages> ring;
   for (int i = 0; i < block.group; ++i) {
     const TileIndex head = block.query_head(i);
     const float4* query_rows = p.query_rows + head.first_row(p.b1, p.heads, padded_queries(p.num_queries));
@@ -53,27 +55,22 @@ __device__ __forceinline__ void add_unit(const BackwardParams& p, const TileInde
 // One thread for each consumer warpgroup.
 template <class Traits>
 __device__ __forceinline__ void add_dq(const BackwardParams& p, const BlockOfKeys<Traits>& block,
-                                       BackwardStorage<Traits>& smem, int warpgroup) {
-  uint32_t phase = 0;
-  wait_for_prologue();
+                                       BackwardStorage<Traits>& smem, int warpgroup, uint32_t& phase) {
   for (int i = 0; i < block.group; ++i) {
     const TileIndex head = block.query_head(i);
     for (int step = block.first_step; step < block.end_step; ++step) {
       add_unit<Traits>(p, head, step, smem, warpgroup, phase);
     }
   }
-  bulk_wait<0>();
 }
 
 // The same in the order of backward_order.cuh. A block without a visible key takes its turns too, and adds nothing.
 template <class Traits>
 __device__ __forceinline__ void add_dq_in_order(const BackwardParams& p, const BlockOfKeys<Traits>& block,
-                                                BackwardStorage<Traits>& smem, int warpgroup) {
+                                                BackwardStorage<Traits>& smem, int warpgroup, uint32_t& phase) {
   constexpr int kSteps = DqTurns<Traits>::kSteps;
   DqTurns<Traits> turns(p, block, warpgroup);
   const int num_steps = ceil_div(p.num_queries, Traits::kBlockQ);
-  uint32_t phase = 0;
-  wait_for_prologue();
   for (int i = 0; i < block.group; ++i) {
     const TileIndex head = block.query_head(i);
     for (int step = block.first_step; step < num_steps; ++step) {
