@@ -48,6 +48,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 class Launcher(NamedTuple):
     address: int
     head_dim: int  # kHeadDim of the variant
+    arch: str
 
 
 def refusal(arch: str, capability: tuple[int, int] | None) -> str | None:
@@ -127,7 +128,7 @@ class CudaKernels:
                 variant = variant_for(arch, pass_name, dtype, width, feature)
                 also = self._needed_soon(problem, width) if pass_name == "forward" else ()
                 try:
-                    return Launcher(launchers.address(variant, capability, also), variant.head_dim)
+                    return Launcher(launchers.address(variant, capability, also), variant.head_dim, arch)
                 except BuildError as error:
                     reason = str(error)
         assert reason is not None
@@ -249,7 +250,8 @@ def launch_backward(
     )
     dscale_rows = None if gradients.dscale is None else workspace(q, q.shape[:-1])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    accumulates = (dq is not None or dscale_rows is not None) and not deterministic
+    in_order = deterministic and launcher.arch == "sm90"  # additions to dq_accum; sm80 makes dq without them
+    accumulates = (dq is not None or dscale_rows is not None) and (in_order or not deterministic)
     padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
     # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it has copies scaled by powers of two
     split = q.dtype == torch.float32  # multiplied as halves, from copies of q, k, v and dout
@@ -280,6 +282,7 @@ def launch_backward(
         dscale_rows,
         workspace(q, (*padded_rows, 4)),
         workspace(q, (*padded_rows, launcher.head_dim)) if accumulates else None,
+        workspace(q, (*k.shape[:3], -(-k.shape[3] // 128), 2)) if accumulates and in_order else None,
         workspace(q, q.shape, q.dtype) if copies else None,
         workspace(q, k.shape, q.dtype) if copies else None,
         workspace(q, v.shape, q.dtype) if split else None,

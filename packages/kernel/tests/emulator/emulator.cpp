@@ -234,17 +234,18 @@ cudaError_t take_error() { return std::exchange(last_error, cudaSuccess); }
 
 extern "C" {
 
-static int shared_memory_limit = emulator::kSharedBytes;
+static int shared_memory_limit = emulator::kSharedBytes, multiprocessors = 2;
 
+void emulate_multiprocessors(int count) { multiprocessors = count; }
 void emulate_shared_memory_limit(int bytes) { shared_memory_limit = bytes; }
 void emulate_seed(int seed) { emulator::random_source.seed(seed); }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = 1000;  // so many that launchers do not remember what they asked of it
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared_memory_limit;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_memory_limit;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {

@@ -20,6 +20,7 @@ inline void arrive_and_expect(uint64_t& barrier, uint32_t bytes) { emulator::bar
 inline void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t& barrier) {
   emulator::load_box(smem, map, coordinates, &barrier);
 }
+inline void prefetch_map(const CUtensorMap&) {}
 inline void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   emulator::bulk_load(smem, global, bytes, &barrier);
 }
@@ -38,6 +39,14 @@ inline void bulk_wait() {
 inline void initialize(uint64_t& barrier, uint32_t arrivals) { emulator::barrier_init(&barrier, arrivals); }
 inline void fence_barrier_initialization() {}
 inline void fence_async_shared() { emulator::fence_async(); }
+inline void fence_async_global() {}
+
+inline void store_release(uint32_t* word, uint32_t value) { *word = value; }
+// Blocks run one after another: what is not there now never comes.
+inline uint32_t wait_for_value(const uint32_t* word, uint32_t value) {
+  if (*word < value) emulator::fail("waits for a block that runs later");
+  return *word;
+}
 
 inline void named_barrier_sync(int id, int threads) { emulator::named_barrier(id, threads, true); }
 inline void named_barrier_arrive(int id, int threads) { emulator::named_barrier(id, threads, false); }

@@ -85,7 +85,9 @@ struct BackwardParams : Problem {
 
   // Workspaces; rows: i rounded up to a multiple of 128; columns: d rounded up to the variant's kHeadDim. Uninitialised.
   float4* query_rows;  // (b0, b1, h, rows) contiguous: common/backward_preprocess.cuh
-  float* dq_accum;     // (b0, b1, h, rows, columns) floats; nullptr where dq is not wanted, or deterministic
+  float* dq_accum;     // (b0, b1, h, rows, columns) floats; nullptr where dq is not wanted, or made without it
+  // Of sm90, deterministic: (b0, b1, hk, j / 128 rounded up, 2), sm90/backward_order.cuh; else nullptr.
+  uint32_t* dq_progress;
 
   // Workspaces of float32, copies as halves (norm/split.cuh): v (b0, b1, hk, j, d) and dout (b0, b1, h, i, d) float's
   // worth of bytes, max |v| (b0, b1, hk), and max |dout| and max |dlse| over the queries of a kv head, (2, b0, b1, hk).

@@ -267,13 +267,13 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
 }
 
 void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
-                     OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk,
-                     bool toeplitz, Tensor dout,
-                     OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
+                     OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool toeplitz,
+                     Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
                      OptionalTensor dq, OptionalTensor dk, OptionalTensor dv, OptionalTensor dbias,
-                     OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum, OptionalTensor q_unit,
-                     OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor dout_split,
-                     OptionalTensor dout_largest, OptionalTensor dbias_parts, bool deterministic) {
+                     OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum,
+                     OptionalTensor dq_progress, OptionalTensor q_unit, OptionalTensor k_unit, OptionalTensor v_split,
+                     OptionalTensor v_largest, OptionalTensor dout_split, OptionalTensor dout_largest,
+                     OptionalTensor dbias_parts, bool deterministic) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::BackwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
@@ -294,6 +294,8 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
     fail("dq_accum", "columns of the variant's head dim", shape_of(*dq_accum));
   const int64_t columns = dq_accum.has_value() ? dq_accum->size(dq_accum->dim() - 1) : 0;
   p.dq_accum = float_data("dq_accum", dq_accum, q, {s.b0, s.b1, s.heads, rows, columns});
+  p.dq_progress = reinterpret_cast<uint32_t*>(
+      float_data("dq_progress", dq_progress, q, {s.b0, s.b1, s.kv_heads, (s.keys + 127) / 128, 2}));
   p.v_split = unit_data("v_split", v_split, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
   p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
   p.dout_split = unit_data("dout_split", dout_split, q, {s.b0, s.b1, s.heads, s.queries, s.head_dim});
@@ -314,11 +316,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor(h!)? v_largest) -> ()");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
-      "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, "
-      "Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
-      "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? q_unit, Tensor(i!)? k_unit, "
-      "Tensor(j!)? v_split, Tensor(k!)? v_largest, Tensor(l!)? dout_split, Tensor(m!)? dout_largest, "
-      "Tensor(n!)? dbias_parts, bool deterministic) -> ()");
+      "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, Tensor dout, Tensor? dlse, Tensor out, "
+      "Tensor lse, Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
+      "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? dq_progress, "
+      "Tensor(i!)? q_unit, Tensor(j!)? k_unit, Tensor(k!)? v_split, Tensor(l!)? v_largest, Tensor(m!)? dout_split, "
+      "Tensor(n!)? dout_largest, Tensor(o!)? dbias_parts, bool deterministic) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {

@@ -1,13 +1,11 @@
-// What the backward needs of every query row before it starts, and zeros in the accumulator of dq.
+// What the backward needs of every query row before it starts, and how norm and learned scale enter it.
 #pragma once
 
 #include "../norm/l2norm_forward.cuh"
 #include "../norm/split.cuh"
 #include "../params.h"
-#include "reduce.cuh"
 #include "softmax.cuh"
 #include "tile_index.cuh"
-#include "vectorized.cuh"
 
 namespace fcsa {
 
@@ -16,6 +14,10 @@ constexpr int kQueryPadding = 128;
 
 __host__ __device__ constexpr int padded_queries(int num_queries) {
   return ceil_div(num_queries, kQueryPadding) * kQueryPadding;
+}
+
+__device__ __forceinline__ int64_t num_progress_words(const Problem& p) {
+  return static_cast<int64_t>(ceil_div(p.num_keys, 128)) * p.kv_heads * p.b1 * p.b0 * 2;
 }
 
 // With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
@@ -99,72 +101,4 @@ __device__ __forceinline__ OperandScales scales_of(const BackwardParams& p, cons
   return {};
 }
 
-namespace backward {
-
-constexpr int kPreprocessThreads = 256;
-
-// One row in kLanesPerRow lanes, eight columns each.
-template <class Traits, int kLanesPerRow>
-__global__ void __launch_bounds__(kPreprocessThreads) preprocess_kernel(const __grid_constant__ BackwardParams p) {
-  using Element = typename Traits::Element;
-  constexpr int kRows = kPreprocessThreads / kLanesPerRow, kHeadDim = Traits::kHeadDim;
-  const int padded = padded_queries(p.num_queries);
-  const TileIndex index = TileIndex::from_block(blockIdx.x, padded / kRows, p.heads, p.b1);
-  const int row = index.tile * kRows + threadIdx.x / kLanesPerRow;
-  const int lane = threadIdx.x % kLanesPerRow, column = lane * 8;
-  const int64_t padded_row = index.first_row(p.b1, p.heads, padded) + row;
-
-  float product = 0.0f;
-  if (row < p.num_queries && column < p.head_dim) {
-    float dout[8], out[8];
-    load8(dout, static_cast<const Element*>(p.dout) + index.offset(p.dout_strides) + row * p.dout_strides.row + column);
-    load8(out, static_cast<const Element*>(p.out) + index.offset(p.out_strides) + row * p.out_strides.row + column);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) product += dout[c] * out[c];
-  }
-  float delta = lane_sum<kLanesPerRow>(product);
-
-  if (lane == 0) {
-    QueryRow result = {0.0f, -INFINITY, 0.0f, 0.0f};
-    if (row < p.num_queries) {
-      const int64_t source = index.first_row(p.b1, p.heads, p.num_queries) + row;
-      if (p.dlse != nullptr) delta -= p.dlse[source];
-      const float lse = p.lse[source];
-      const float rnorm = norm_is_folded<Traits>(p) ? folded_factor<Traits>(p.q_rnorm[source]) : 1.0f;
-      if (lse != -INFINITY) {
-        float factor = rnorm * row_scale(p, index.head);
-        const OperandScales scales = scales_of<Traits>(p, kv_head_of(p, index));
-        factor *= scales.ds / Traits::kProbabilityScale;
-        const float score = head_scale(p, index.head) * rnorm * kLog2e / (Traits::kUnit * Traits::kUnit);
-        const float shift = Traits::kLog2ProbabilityScale - lse * kLog2e;
-        result = {score, shift, factor / scales.dout / scales.v, -delta * factor};
-      }
-    }
-    float* target = reinterpret_cast<float*>(p.query_rows + padded_row / 2 * 2) + padded_row % 2;
-    if constexpr (Traits::kScaleInKeys) {
-      target[0] = result.gradient, target[2] = result.shift, target[4] = result.gradient == 0.0f ? 0.0f : -delta;
-    } else {
-      target[0] = result.score, target[2] = result.shift, target[4] = result.gradient, target[6] = result.offset;
-    }
-  }
-  if (p.dq_accum != nullptr && column < kHeadDim) {
-    float4* target = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + column);
-    target[0] = target[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-}
-
-template <class Traits>
-cudaError_t launch_preprocess(const BackwardParams& p, cudaStream_t stream) {
-  constexpr int kHeadDim = Traits::kHeadDim;
-  constexpr int kLanesPerRow = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
-  constexpr int kRows = kPreprocessThreads / kLanesPerRow;
-  static_assert(kQueryPadding % kRows == 0);
-  const int64_t blocks = static_cast<int64_t>(padded_queries(p.num_queries) / kRows) * p.heads * p.b1 * p.b0;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  preprocess_kernel<Traits, kLanesPerRow><<<static_cast<uint32_t>(blocks), kPreprocessThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
-}  // namespace backward
 }  // namespace fcsa

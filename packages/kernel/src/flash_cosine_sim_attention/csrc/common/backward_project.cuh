@@ -65,6 +65,16 @@ __device__ __forceinline__ void write_grouped_dscale(const float* tile, int tile
   }
 }
 
+// One group, or none: d = row_factor (A - dot xn) with dot = A . xn, then the scale. rnorm: 1 where there is no norm.
+__device__ __forceinline__ float row_factor(const ProjectedRows& p, float rnorm) {
+  return !p.folded ? rnorm : p.exact_copies ? power_of_two(rnorm) : 1.0f;
+}
+
+__device__ __forceinline__ float row_dscale(const ProjectedRows& p, float rnorm, float dot) {
+  const float in_dot = !p.folded ? 1.0f : p.exact_copies ? remainder_of(rnorm) : rnorm;
+  return dot * (1.0f / p.operand_scale) / in_dot * (p.dscale_factor / p.unit);
+}
+
 // tile: kRows x kHeadDim floats of A in shared memory, rows `tile_stride` apart; p.num_rows of them are real.
 // All threads of the team; the tile has been written and synchronised.
 template <class Element, int kHeadDim, int kRows, class Team>
@@ -78,7 +88,7 @@ __device__ __forceinline__ void project_rows(float* tile, int tile_stride, const
     Team::sync();
   }
   // Powers of two, taken off one by one: their product may lie beyond the range of floats.
-  const float inverse = 1.0f / p.operand_scale, scale = p.scale / p.unit, dscale_factor = p.dscale_factor / p.unit;
+  const float inverse = 1.0f / p.operand_scale, scale = p.scale / p.unit;
   const int lane = Team::thread() % kLanes, column = lane * 8;
   for (int first = 0; first < kRows; first += Team::kThreads / kLanes) {
     const int row = first + Team::thread() / kLanes;
@@ -94,10 +104,10 @@ __device__ __forceinline__ void project_rows(float* tile, int tile_stride, const
       for (int c = 0; c < 8; ++c) product += a[c] * (x[c] *= rnorm);
       const float dot = lane_sum<kLanes>(product);
       if (p.dscale_rows != nullptr && valid && lane == 0) {
-        p.dscale_rows[row] = dot * inverse / (!p.folded ? 1.0f : p.exact_copies ? remainder_of(rnorm) : rnorm) * dscale_factor;
+        p.dscale_rows[row] = row_dscale(p, rnorm, dot);
       }
       if (p.rnorm != nullptr) {
-        const float factor = !p.folded ? rnorm : p.exact_copies ? power_of_two(rnorm) : 1.0f;
+        const float factor = row_factor(p, rnorm);
 #pragma unroll
         for (int c = 0; c < 8; ++c) a[c] = factor * (a[c] - dot * x[c]);
       }

@@ -1,14 +1,13 @@
 // The backward pass: launches, in order.
 //
-//   l2norm_forward       unit copies of q and k, where the norm is not folded
-//   split                float32: v and dout as halves
-//   preprocess           query_rows, zeros in dq_accum
+//   l2norm_forward, split   float32: q, k, v and dout as halves
+//   prologue             query_rows, zeros in dq_accum; copies of q and k, where the norm is not folded
 //   backward_dkdv        dk, dv, dq_accum
 //   dq_postprocess       dq, dscale_rows          or, deterministic: backward_dq
 //   backward_dbias       dbias              or, of a bias by its diagonals: backward_bands, backward_windows
 #pragma once
 
-#include "../common/backward_copies.cuh"
+#include "../common/backward_prologue.cuh"
 #include "backward_dbias.cuh"
 #include "backward_ddiagonals.cuh"
 #include "backward_dkdv.cuh"
@@ -68,9 +67,7 @@ template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
   static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory);
-  cudaError_t error = backward::launch_copies<Traits>(p, stream);
-  if (error != cudaSuccess) return error;
-  error = backward::launch_preprocess<Traits>(p, stream);
+  cudaError_t error = backward::launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   if (p.dk != nullptr || p.dv != nullptr || p.dq_accum != nullptr) {
     error = launch_dkdv_for_device<Traits>(p, stream);

@@ -1,14 +1,12 @@
-// Launcher of the Hopper backward: launches, in order.
+// Launcher of the Hopper backward: launches, in order, each starting while the one before it ends.
 //
-//   l2norm_forward       unit copies of q and k, where the norm is not folded
-//   preprocess           query_rows, zeros in dq_accum
+//   prologue             query_rows, zeros in dq_accum; copies of q and k, where the norm is not folded
 //   backward_kernel      dk, dv, dq_accum
-//   backward_dq_kernel   dq, dscale_rows          or, deterministic: that of sm80
+//   backward_dq_kernel   dq, dscale_rows
 #pragma once
 
-#include "../common/backward_copies.cuh"
-#include "../sm80/backward_dq.cuh"
-#include "../sm80/backward_launch.cuh"
+#include "../common/backward_prologue.cuh"
+#include "../common/launch.cuh"
 #include "backward_kernel.cuh"
 
 namespace fcsa::sm90 {
@@ -33,7 +31,8 @@ cudaError_t make_maps(BackwardMaps* maps, const BackwardParams& p) {
   return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, Traits::kBlockK);
 }
 
-template <class Traits, bool kWantsDq>
+// Both kernels behind the prologue start early: see where they wait_for_prologue().
+template <class Traits, bool kWantsDq, bool kOrdered>
 cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   BackwardMaps maps;
   cudaError_t error = make_maps<Traits>(&maps, p);
@@ -42,39 +41,39 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kBytes = sizeof(BackwardStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "shared memory of a block on sm_90");
-  error = sm80::allow_shared_memory<backward_kernel<Traits, kWantsDq>>(kBytes);
+  constexpr auto kKernel = backward_kernel<Traits, kWantsDq, kOrdered>;
+  error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  backward_kernel<Traits, kWantsDq><<<static_cast<uint32_t>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
-  return cudaGetLastError();
+  int processors = 0;
+  error = multiprocessor_count(&processors);
+  if (error != cudaSuccess) return error;
+  return launch_early<kKernel>(static_cast<int>(blocks < processors ? blocks : processors), Traits::kThreads, kBytes, stream, p,
+                               maps);
 }
 
 template <class Traits>
 cudaError_t launch_dq(const BackwardParams& p, cudaStream_t stream) {
-  const int64_t heads = static_cast<int64_t>(p.heads) * p.b1 * p.b0;
-  if (p.dq_accum != nullptr) {
-    return sm80::launch_blocks<backward_dq_kernel<Traits>>(p, ceil_div(p.num_queries, kSquare) * heads, 128, 0, stream);
-  }
-  using Portable = sm80::BackwardTraits<typename Traits::Element, Traits::kHeadDim, false>;
-  using Block = sm80::ScoreBlock<Portable>;
-  return sm80::launch_blocks<sm80::backward_dq_kernel<Portable>>(
-      p, ceil_div(p.num_queries, Block::kQueries) * heads, Block::kThreads, sizeof(sm80::DqStorage<Portable>), stream);
+  const int64_t blocks = static_cast<int64_t>(ceil_div(p.num_queries, kSquare)) * p.heads * p.b1 * p.b0;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  constexpr auto kKernel = backward_dq_kernel<Traits>, kGrouped = backward_grouped_dq_kernel<Traits>;
+  return p.l2norm_qk && p.groups > 1 ? launch_early<kGrouped>(static_cast<int>(blocks), 128, 0, stream, p)
+                                     : launch_early<kKernel>(static_cast<int>(blocks), 128, 0, stream, p);
 }
 
 // dk of query heads with scales of their own that share a kv head is not served: a scale of 0 would need care.
 template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   if (p.scale != nullptr && p.heads != p.kv_heads) return cudaErrorNotSupported;
-  cudaError_t error = backward::launch_copies<Traits>(p, stream);
+  const bool wants_dq = p.dq != nullptr || p.dscale_rows != nullptr, ordered = p.dq_progress != nullptr;
+  if (wants_dq != (p.dq_accum != nullptr) || (wants_dq && p.deterministic != ordered)) return cudaErrorInvalidValue;
+  cudaError_t error = backward::launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
-  error = backward::launch_preprocess<Traits>(p, stream);
-  if (error != cudaSuccess) return error;
-  if (p.dq_accum != nullptr) {
-    error = launch_main<Traits, true>(p, stream);
-  } else if (p.dk != nullptr || p.dv != nullptr) {
-    error = launch_main<Traits, false>(p, stream);
+  if (!wants_dq) {
+    return p.dk != nullptr || p.dv != nullptr ? launch_main<Traits, false, false>(p, stream) : cudaSuccess;
   }
+  error = ordered ? launch_main<Traits, true, true>(p, stream) : launch_main<Traits, true, false>(p, stream);
   if (error != cudaSuccess) return error;
-  return p.dq != nullptr || p.dscale_rows != nullptr ? launch_dq<Traits>(p, stream) : cudaSuccess;
+  return launch_dq<Traits>(p, stream);
 }
 
 }  // namespace fcsa::sm90

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "../common/backward_project.cuh"
+#include "../common/launch.cuh"
+#include "backward_rows.cuh"
 #include "backward_traits.cuh"
 #include "ptx.cuh"
 
@@ -29,14 +31,39 @@ __device__ __forceinline__ void store_unit(float* unit, const float (&dq)[kSquar
   }
 }
 
-// One block of threads 64 queries.
+// A block of threads makes dq of 64 queries of a head.
+__device__ __forceinline__ TileIndex dq_block(const BackwardParams& p) {
+  return TileIndex::from_block(blockIdx.x, ceil_div(p.num_queries, kSquare), p.heads, p.b1);
+}
+
+// One group or no norm. What does not depend on the main kernel is loaded before its end.
 template <class Traits>
 __global__ void __launch_bounds__(128) backward_dq_kernel(const __grid_constant__ BackwardParams p) {
+  const TileIndex head = dq_block(p);
+  const int query = head.tile * kSquare;
+  const auto rows = backward::projected_queries<Traits>(p, head, query, min(kSquare, p.num_queries - query));
+  RowPair<Traits> pair(rows, 0, threadIdx.x);
+  pair.load(rows);
+  wait_for_prologue();
+  const float4* units = reinterpret_cast<const float4*>(dq_units<Traits>(p, head, query));
+  RowAccumulators<Traits> acc;
+#pragma unroll
+  for (int i = 0; i < Traits::kHeadDim / 8; ++i) {
+    const float4 x = units[i / (kSquare / 8) * (kUnitFloats / 4) + i % (kSquare / 8) * 128 + threadIdx.x];
+    acc[4 * i] = x.x, acc[4 * i + 1] = x.y, acc[4 * i + 2] = x.z, acc[4 * i + 3] = x.w;
+  }
+  project_and_write_rows<Traits>(acc, pair, rows);
+}
+
+// Several groups, which may begin and end anywhere: through shared memory.
+template <class Traits>
+__global__ void __launch_bounds__(128) backward_grouped_dq_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kStride = Traits::kHeadDim + 8;
   __shared__ __align__(16) float tile[kSquare * kStride];
-  const TileIndex head = TileIndex::from_block(blockIdx.x, ceil_div(p.num_queries, kSquare), p.heads, p.b1);
+  const TileIndex head = dq_block(p);
   const int query = head.tile * kSquare, lane = threadIdx.x % 32;
   const float* units = dq_units<Traits>(p, head, query);
+  wait_for_prologue();
 #pragma unroll
   for (int i = 0; i < Traits::kHeadDim / 8; ++i) {
     const float* unit = units + i / (kSquare / 8) * kUnitFloats;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/backward_project.cuh"
+#include "backward_rows.cuh"
 #include "backward_scores.cuh"
 
 namespace fcsa::sm90 {
@@ -44,13 +45,13 @@ __device__ __forceinline__ void write_dv(const float* tile, const BackwardParams
   }
 }
 
-// All consumers, when the products of all of them are done.
+// Several groups: through shared memory. All consumers, when the products of all of them are done.
 template <class Traits>
-__device__ __forceinline__ void write_gradients(const BackwardParams& p, const BlockOfKeys<Traits>& block,
-                                                const KeyThread<Traits>& thread,
-                                                typename BackwardStorage<Traits>::Epilogue& smem,
-                                                const float (&dk)[Traits::kHeadDim / 2],
-                                                const float (&dv)[Traits::kHeadDim / 2]) {
+__device__ __forceinline__ void write_grouped_gradients(const BackwardParams& p, const BlockOfKeys<Traits>& block,
+                                                        const KeyThread<Traits>& thread,
+                                                        typename BackwardStorage<Traits>::Epilogue& smem,
+                                                        const RowAccumulators<Traits>& dk,
+                                                        const RowAccumulators<Traits>& dv) {
   using Team = ConsumerTeam<Traits>;
   Team::sync();  // nobody reads the tiles of the loop any more
   stage_keys<Traits>(smem.dk, dk, thread);
@@ -63,6 +64,32 @@ __device__ __forceinline__ void write_gradients(const BackwardParams& p, const B
     backward::project_rows<typename Traits::Element, Traits::kHeadDim, Traits::kBlockK, Team>(
         smem.dk, BackwardStorage<Traits>::kStride, rows);
   }
+}
+
+// A warpgroup, when its products are done: shared memory is given back to the producer as soon as it is not needed any more.
+template <class Traits>
+__device__ __forceinline__ void write_gradients(const BackwardParams& p, const BlockOfKeys<Traits>& block,
+                                                const KeyThread<Traits>& thread,
+                                                BackwardStorage<Traits>& smem, const RowAccumulators<Traits>& dk,
+                                                const RowAccumulators<Traits>& dv) {
+  const bool grouped = p.l2norm_qk && p.groups > 1;
+  if (grouped) {
+    write_grouped_gradients<Traits>(p, block, thread, smem.epilogue, dk, dv);
+    fence_async_shared();
+    __syncwarp();
+  }
+  if (threadIdx.x % 32 == 0) arrive(smem.empty_kv);
+  if (grouped) return;
+  using Element = typename Traits::Element;
+  const auto rows =
+      backward::projected_keys<Traits>(p, block.index, block.first_key, block.num_keys, mask_row(p, block.index));
+  RowPair<Traits> pair(rows, thread.warpgroup * kSquare, thread.thread);
+  if (p.dk != nullptr) pair.load(rows);
+  if (p.dv != nullptr) {
+    Element* target = static_cast<Element*>(p.dv) + block.index.offset(p.dv_strides) + block.first_key * p.dv_strides.row;
+    write_rows<Traits>(dv, pair, target, p.dv_strides.row, p.head_dim);
+  }
+  if (p.dk != nullptr) project_and_write_rows<Traits>(dk, pair, rows);
 }
 
 }  // namespace fcsa::sm90

@@ -20,7 +20,7 @@ struct BackwardState {
   float dk[Traits::kHeadDim / 2], dv[Traits::kHeadDim / 2];
   Square s;  // of the square that comes next: its product is done
   RingPosition<Traits::kStages> ring;
-  uint32_t dq_phase = 1;
+  uint32_t dq_phase = 1, kv_phase = 0;
   bool has_previous = false;  // a step is done, but for its dQ
 };
 
@@ -219,12 +219,13 @@ __device__ __forceinline__ void clear_hidden_keys(BackwardStorage<Traits>& smem,
 
 template <class Traits, bool kWantsDq>
 __device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKeys<Traits>& block,
-                                        BackwardStorage<Traits>& smem) {
+                                        BackwardStorage<Traits>& smem, BackwardState<Traits>& state) {
   const KeyThread<Traits> thread(p, block);
-  BackwardState<Traits> state;
 #pragma unroll
   for (int i = 0; i < Traits::kHeadDim / 2; ++i) state.dk[i] = state.dv[i] = 0.0f;
-  wait(smem.full_kv, 0);
+  wait(smem.full_kv, state.kv_phase);
+  state.kv_phase ^= 1;
+  state.has_previous = false;
   if (block.first_step < block.end_step) {
     clear_hidden_keys<Traits>(smem, p, block);
     issue_first_scores<Traits>(state, smem, state.ring, thread.warpgroup, true);
@@ -238,13 +239,14 @@ __device__ __forceinline__ void consume(const BackwardParams& p, const BlockOfKe
     }
     if constexpr (kWantsDq && Traits::kSquares == 1) finish_dq<Traits>(state, smem, thread);
   }
-  write_gradients<Traits>(p, block, thread, smem.epilogue, state.dk, state.dv);
+  write_gradients<Traits>(p, block, thread, smem, state.dk, state.dv);
 }
 
 template <class Traits>
 __device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& smem) {
   if (threadIdx.x == 0) {
     initialize(smem.full_kv, 1);
+    initialize(smem.empty_kv, Traits::kConsumerWarps);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       initialize(smem.full_q[stage], 1);
       initialize(smem.full_dout[stage], 1);
@@ -261,22 +263,68 @@ __device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& sme
   __syncthreads();
 }
 
-template <class Traits, bool kWantsDq>
+// The blocks of keys of one persistent block of threads, one after another. They are dealt out in turns; causal, where the
+// blocks of a head differ in length, every other turn runs backwards. kOrdered: see backward_order.cuh.
+template <class Traits, bool kOrdered>
+struct BlockWalk {
+  uint32_t num_blocks, turn = 0;
+
+  __device__ __forceinline__ explicit BlockWalk(const Problem& p)
+      : num_blocks(ceil_div(p.num_keys, Traits::kBlockK) * p.kv_heads * p.b1 * p.b0) {}
+
+  // The next block; num_blocks or more: there is none.
+  __device__ __forceinline__ uint32_t next(const Problem& p) {
+    const uint32_t first = turn++ * gridDim.x, block = first + blockIdx.x;
+    if (!p.causal || block >= num_blocks) return block;
+    if constexpr (kOrdered) {
+      const uint32_t num_tiles = ceil_div(p.num_keys, Traits::kBlockK), tile = block % num_tiles;
+      return block - tile + (num_tiles - 1 - tile);
+    }
+    return turn % 2 == 0 && first + gridDim.x <= num_blocks ? first + gridDim.x - 1 - blockIdx.x : block;
+  }
+};
+
+// kOrdered: the additions to dq in a fixed order.
+template <class Traits, bool kWantsDq, bool kOrdered>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardMaps maps) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<BackwardStorage<Traits>*>(raw);
-  const BlockOfKeys<Traits> block(p, blockIdx.x);
+  let_next_kernel_start();
+  if (threadIdx.x == 0) {
+    for (const TensorMap* map : {&maps.v, &maps.k, &maps.q, &maps.dout}) prefetch_map(map->map);
+  }
   initialize_barriers<Traits>(smem);
+  BlockWalk<Traits, kOrdered> walk(p);
   if (threadIdx.x < 128) {
     shrink_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Traits>(p, maps, block, smem);
-    if (kWantsDq && threadIdx.x % 32 == 0 && threadIdx.x / 32 >= 1 && threadIdx.x / 32 <= Traits::kConsumerWarpgroups) {
-      add_dq<Traits>(p, block, smem, threadIdx.x / 32 - 1);
+    const int warp = threadIdx.x / 32;
+    const bool leads = threadIdx.x % 32 == 0;
+    RingPosition<Traits::kStages> ring;
+    uint32_t phase = 0;  // of the keys, or of dq
+    if (warp > (kWantsDq ? Traits::kConsumerWarpgroups : 0)) return;
+    if (warp != 0) wait_for_prologue();
+    for (uint32_t index = walk.next(p); index < walk.num_blocks; index = walk.next(p)) {
+      const BlockOfKeys<Traits> block(p, index);
+      if (leads) {
+        if (warp == 0) {
+          produce<Traits>(p, maps, block, smem, ring, phase);
+        } else if constexpr (kOrdered) {
+          add_dq_in_order<Traits>(p, block, smem, warp - 1, phase);
+        } else {
+          add_dq<Traits>(p, block, smem, warp - 1, phase);
+        }
+      }
+      __syncwarp();
     }
+    if (leads && warp != 0) bulk_wait<0>();
   } else {
     grow_registers<Traits::kConsumerRegisters>();
-    consume<Traits, kWantsDq>(p, block, smem);
+    BackwardState<Traits> state;
+    wait_for_prologue();
+    for (uint32_t index = walk.next(p); index < walk.num_blocks; index = walk.next(p)) {
+      consume<Traits, kWantsDq>(p, BlockOfKeys<Traits>(p, index), smem, state);
+    }
   }
 }
 

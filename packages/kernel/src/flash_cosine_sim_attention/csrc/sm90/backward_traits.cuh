@@ -62,7 +62,7 @@ struct BackwardStorage {
   };
   alignas(128) float dq[Traits::kConsumerWarpgroups][kSquare * kSquare];  // laid out as in backward_dq.cuh
   alignas(16) float4 query_rows[Traits::kStages][Traits::kBlockQ];        // come with dout
-  uint64_t full_kv;
+  uint64_t full_kv, empty_kv;
   uint64_t full_q[Traits::kStages], empty_q[Traits::kStages];
   uint64_t full_dout[Traits::kStages], empty_dout[Traits::kStages];
   uint64_t full_ds[Traits::kStages];  // dS' of both warpgroups
@@ -73,8 +73,8 @@ struct BackwardMaps {
   TensorMap q, k, v, dout;
 };
 
-// One block of threads owns (b0, b1, kv head, kBlockK keys) and walks over the query heads of its kv head and their steps
-// of kBlockQ queries.
+// What a block of threads owns at a time: (b0, b1, kv head, kBlockK keys). It walks over the query heads of the kv head and
+// their steps of kBlockQ queries.
 template <class Traits>
 struct BlockOfKeys {
   TileIndex index;  // head: kv head; tile: block of keys

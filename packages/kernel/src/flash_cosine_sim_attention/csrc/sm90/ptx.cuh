@@ -43,6 +43,11 @@ __device__ __forceinline__ void load_box(void* smem, const CUtensorMap& map, con
   ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, smem, &map, coordinates, &barrier);
 }
 
+// Fetches the map itself, which the first load_box would otherwise wait for.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // `bytes` contiguous bytes to shared memory; they count at the barrier. Both addresses and bytes: multiples of 16.
 __device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, smem, global, bytes, &barrier);
@@ -74,6 +79,25 @@ __device__ __forceinline__ void bulk_wait() {
 // Orders this thread's ordinary accesses to shared memory before later asynchronous ones (wgmma operands, bulk copies); those
 // of other threads after a barrier.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders accesses to global memory by this thread's asynchronous operations and its ordinary ones, both ways.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- words in global memory by which blocks wait for each other ----
+
+// Publishes what this thread has done, and what it knows of others, together with `value`.
+__device__ __forceinline__ void store_release(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(value) : "memory");
+}
+
+// Waits for at least `value`, and returns what is there; what was published with it is visible from here on.
+__device__ __forceinline__ uint32_t wait_for_value(const uint32_t* word, uint32_t value) {
+  uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(__cvta_generic_to_global(word)) : "memory");
+  } while (found < value);
+  return found;
+}
 
 // ---- barriers of some warps of a block; id 0 is that of __syncthreads ----
 
