@@ -6,6 +6,7 @@
 // Prologue of the fused kernels, and the whole of l2norm_tensors.
 #pragma once
 
+#include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "../common/tile_index.cuh"
 #include "../common/vectorized.cuh"
@@ -21,6 +22,7 @@ struct L2NormParams {
   void* unit;    // (b0, b1, heads, rows, d) contiguous, or nullptr; with SplitHalf (..., 2 d) halves, times kUnitScale
   bool exact = false;     // one group: unit is x times the power of two in rnorm instead, without rounding (see below)
   bool normalize = true;  // false: x is of unit norm already and goes into the copy as it is; rnorm is not written
+  uint32_t* cleared = nullptr;  // one word that the launch sets to 0
 };
 
 inline L2NormParams q_norm_params(const Problem& p, float* rnorm, void* unit) {
@@ -90,11 +92,13 @@ __device__ __forceinline__ void grouped_rnorm(float (&factor)[8], const float (&
 template <class Element, class Unit, int kLanesPerRow>
 __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormParams p) {
   __shared__ float squares[kThreads * 8];
+  let_next_kernel_start();
   constexpr int kRowsPerStep = kThreads / kLanesPerRow;
   const int num_tiles = ceil_div(p.rows, kRowsPerBlock<kLanesPerRow>);
   const TileIndex index = TileIndex::from_block(blockIdx.x, num_tiles, p.heads, p.b1);
   const int lane_in_row = threadIdx.x % kLanesPerRow, row_in_step = threadIdx.x / kLanesPerRow;
   const bool in_row = lane_in_row * 8 < p.head_dim;
+  if (p.cleared != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.cleared = 0;
   const Element* x = static_cast<const Element*>(p.x) + index.offset(p.x_strides) + lane_in_row * 8;
   const int64_t first_row = index.first_row(p.b1, p.heads, p.rows);
   const int row0 = index.tile * kRowsPerBlock<kLanesPerRow> + row_in_step;

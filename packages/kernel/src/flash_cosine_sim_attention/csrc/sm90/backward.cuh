@@ -8,7 +8,7 @@
 
 #include "../common/backward_copies.cuh"
 #include "../sm80/backward_dq.cuh"
-#include "../sm80/backward_launch.cuh"
+#include "../common/launch.cuh"
 #include "backward_kernel.cuh"
 
 namespace fcsa::sm90 {
@@ -42,7 +42,7 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kBytes = sizeof(BackwardStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "shared memory of a block on sm_90");
-  error = sm80::allow_shared_memory<backward_kernel<Traits, kWantsDq>>(kBytes);
+  error = allow_shared_memory<backward_kernel<Traits, kWantsDq>>(kBytes);
   if (error != cudaSuccess) return error;
   backward_kernel<Traits, kWantsDq><<<static_cast<uint32_t>(blocks), Traits::kThreads, kBytes, stream>>>(p, maps);
   return cudaGetLastError();
@@ -52,11 +52,11 @@ template <class Traits>
 cudaError_t launch_dq(const BackwardParams& p, cudaStream_t stream) {
   const int64_t heads = static_cast<int64_t>(p.heads) * p.b1 * p.b0;
   if (p.dq_accum != nullptr) {
-    return sm80::launch_blocks<backward_dq_kernel<Traits>>(p, ceil_div(p.num_queries, kSquare) * heads, 128, 0, stream);
+    return launch_blocks<backward_dq_kernel<Traits>>(p, ceil_div(p.num_queries, kSquare) * heads, 128, 0, stream);
   }
   using Portable = sm80::BackwardTraits<typename Traits::Element, Traits::kHeadDim, false>;
   using Block = sm80::ScoreBlock<Portable>;
-  return sm80::launch_blocks<sm80::backward_dq_kernel<Portable>>(
+  return launch_blocks<sm80::backward_dq_kernel<Portable>>(
       p, ceil_div(p.num_queries, Block::kQueries) * heads, Block::kThreads, sizeof(sm80::DqStorage<Portable>), stream);
 }
 

@@ -8,6 +8,10 @@ struct ForwardTile {
   int block_n;              // keys of a tile: one stage of the K and V rings
   int stages;
   int consumer_registers, producer_registers;
+  bool ping_pong = false;       // warpgroups take turns at issuing products: one multiplies while another exponentiates
+  bool q_in_registers = false;  // queries as operands in registers for the whole walk
+  bool halves = false;
+  int polynomial = 0;
 };
 
 template <int kHeadDim>
