@@ -74,9 +74,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = static_cast<int>(schedule.num_items < processors ? schedule.num_items : processors);
-#ifndef FCSA_NO_PDL
   if (p.l2norm_qk) return launch_early<kKernel>(blocks, Traits::kThreads, kBytes, stream, p, maps, schedule);
-#endif
   kKernel<<<blocks, Traits::kThreads, kBytes, stream>>>(p, maps, schedule);
   return cudaGetLastError();
 }
@@ -87,6 +85,9 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   const cudaError_t error = launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   if (p.mask != nullptr) return launch_forward_kernel<typename Traits::WithKeyMask>(p, stream);
+  if constexpr (Traits::kHeadDim <= 64 && Traits::kSoftmax == Softmax::kBounded) {
+    if (p.num_keys >= kManyKeys) return launch_forward_kernel<typename Traits::ForManyKeys>(p, stream);
+  }
   return launch_forward_kernel<Traits>(p, stream);
 }
 

@@ -126,21 +126,6 @@ __device__ __forceinline__ void issue_output(float (&o)[Traits::kHeadDim / 2],
   wgmma_commit();
 }
 
-// 2^x on the FMA units.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kMagic = 12582912.0f;
-  const float rounded = x + kMagic;
-  const float f = x - (rounded - kMagic);
-  const float y = fmaf(fmaf(fmaf(0.0554904f, f, 0.2402265f), f, 0.6931472f), f, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
-template <bool kPolynomial>
-__device__ __forceinline__ float exp2_of(float x) {
-  if constexpr (kPolynomial) return exp2_polynomial(x);
-  return exp2_approx(x);
-}
-
 // Which of a thread's scores of one tile are visible, where that is not all.
 template <class Traits>
 struct VisiblePairs {
@@ -185,12 +170,10 @@ __device__ __forceinline__ void exponentiate(float (&s)[Traits::kPartN / 2], flo
     for (int next = 0; next < 2; ++next) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        constexpr int kEvery = Traits::kTile.polynomial == 0 ? 1 << 30 : Traits::kTile.polynomial;
         float p[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const float x = fmaf(s[(i + next) * 4 + half * 2 + c] * factor[next][c], q_factor[half], -shift);
-          p[c] = (((i + next) * 2 + half) % kEvery == kEvery - 1) ? exp2_polynomial(x) : exp2_approx(x);
+          p[c] = exp2_approx(fmaf(s[(i + next) * 4 + half * 2 + c] * factor[next][c], q_factor[half], -shift));
           if (kMasked && !visible(half, first + (i + next) * 8 + c)) p[c] = 0.0f;
           s[(i + next) * 4 + half * 2 + c] = p[c];
         }
@@ -336,19 +319,6 @@ struct Accumulators {
   RunningMaximum maximum;  // where the logits are not bounded
 };
 
-// The warpgroups' turns at issuing products, in a circle: named barrier 1 + w opens the turn of warpgroup w.
-template <class Traits>
-__device__ __forceinline__ void take_turn(int warpgroup) {
-  if constexpr (Traits::kPingPong) named_barrier_sync(1 + warpgroup, 256);
-}
-
-template <class Traits>
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-  if constexpr (Traits::kPingPong) {
-    named_barrier_arrive(1 + (warpgroup + 1 == Traits::kTile.consumer_warpgroups ? 0 : warpgroup + 1), 256);
-  }
-}
-
 // S -> P of one tile, part by part as they get ready; kBehind: groups of wgmma that were issued behind S.
 template <class Traits, bool kMasked, int kBehind>
 __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
@@ -376,30 +346,20 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
 }
 
 // S of `tile` beside O of the tile before, whose V lies at `previous`: the products overlap with the exponentials, here and
-// in the other warpgroups. Leaves P in acc.s. kMasked is a template argument, not a branch: a branch between the issue of a
-// wgmma and its wait makes the compiler serialise them.
-template <class Traits, bool kMasked>
-__device__ __forceinline__ void multiply_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
-                                              const ConsumerThread& thread, const RowFactors<Traits>& rows,
-                                              const RingPosition<Traits::kStages>& previous,
-                                              const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
-  wait(smem.full_v[previous.stage], previous.phase);
-  take_turn<Traits>(thread.warpgroup);
-  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
-  issue_output<Traits>(acc.o, acc.probabilities, smem.v[previous.stage]);
-  pass_turn<Traits>(thread.warpgroup);
-  exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
-  wgmma_wait<0>();
-  wgmma_pin(acc.o);
-  if (thread.releases) arrive(smem.empty_v[previous.stage]);
-}
-
+// in the other warpgroups. kMasked is a template argument, not a branch: a branch between the issue of a wgmma and its
+// wait makes the compiler serialise them.
 template <class Traits, bool kMasked>
 __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
                                             const ConsumerThread& thread, const RowFactors<Traits>& rows,
                                             const RingPosition<Traits::kStages>& previous,
                                             const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
-  multiply_tile<Traits, kMasked>(acc, smem, thread, rows, previous, state, tile);
+  wait(smem.full_v[previous.stage], previous.phase);
+  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  issue_output<Traits>(acc.o, acc.probabilities, smem.v[previous.stage]);
+  exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
+  wgmma_wait<0>();
+  wgmma_pin(acc.o);
+  if (thread.releases) arrive(smem.empty_v[previous.stage]);
   if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
     if (acc.maximum.any_raised()) {
 #pragma unroll
@@ -409,12 +369,16 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
   pack_probabilities<Traits>(acc.probabilities, acc.s);
 }
 
-// The tiles of a block after its first, from the last to the first key. O of the last one is left to do.
+// O and the row sums of one block of queries over all its keys, from the last tile to the first (num_tiles >= 1).
 template <class Traits>
-__device__ __forceinline__ void attend_rest(Accumulators<Traits>& acc, const BlockOfQueries<Traits>& block,
-                                            ForwardStorage<Traits>& smem, const ConsumerThread& thread,
-                                            const RowFactors<Traits>& rows, ConsumerState<Traits>& state,
-                                            KeyTileView<Traits> tile) {
+__device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQueries<Traits>& block,
+                                       ForwardStorage<Traits>& smem, const ConsumerThread& thread,
+                                       const RowFactors<Traits>& rows, ConsumerState<Traits>& state) {
+  auto tile = KeyTileView<Traits>::first(smem, state, block);
+  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  exponentiate_tile<Traits, true, 0>(acc, smem, thread, rows, state, tile);
+  pack_probabilities<Traits>(acc.probabilities, acc.s);
+
   if constexpr (Traits::kKeyMask) {
     while (!tile.last) {
       const auto previous = state.ring;
@@ -441,151 +405,68 @@ __device__ __forceinline__ void attend_rest(Accumulators<Traits>& acc, const Blo
       attend_tile<Traits, false>(acc, smem, thread, rows, previous, state, tile);
     }
   }
+
+  if (!Traits::kQueriesInRegisters) arrive(smem.empty_q);
+  wait(smem.full_v[state.ring.stage], state.ring.phase);
+  issue_output<Traits>(acc.o, acc.probabilities, smem.v[state.ring.stage]);
+  wgmma_wait<0>();
+  wgmma_pin(acc.o);
+  if (thread.releases) arrive(smem.empty_v[state.ring.stage]);
+  state.advance();
 }
 
-// What the end of a block of queries needs beside O. Its place is found once more from `item`: less to hold all the time.
-struct BlockEnd {
-  uint32_t item;
-  float sum[2], rnorm[2], shift[2];
-};
-
+// One block of queries. empty_q: every thread arrives for itself, once it reads neither smem.q nor smem.item any more.
 template <class Traits>
-class Consumer {
- public:
-  __device__ __forceinline__ Consumer(const ForwardParams& params, const Schedule& order, ForwardStorage<Traits>& storage)
-      : p(params), schedule(order), smem(storage) {}
-
-  // Every block of queries that the producer brings. With queries in registers a block goes over into the next: its last O
-  // is multiplied beside the first S of that one.
-  __device__ __forceinline__ void run() {
-    if (thread.warpgroup == Traits::kTile.consumer_warpgroups - 1) pass_turn<Traits>(thread.warpgroup);
-    bool open = false;  // O of the last tile of `item` is to be done
-    for (;;) {
-      wait(smem.full_q, state.q_phase);
-      state.q_phase ^= 1;
-      const uint32_t next = smem.item;
-      if (next >= schedule.num_items) break;
-      const auto block = BlockOfQueries<Traits>::from(p, schedule, next);
-      if (block.num_tiles == 0) {
-        arrive(smem.empty_q);
-        store_nothing(block);
-        continue;
-      }
-      if (open) {
-        go_over_to(next, block);
-      } else {
-        open_with(next, block);
-      }
-      attend_rest<Traits>(acc, block, smem, thread, rows, state, tile);
-      open = Traits::kQueriesInRegisters;
-      if (!open) {
-        arrive(smem.empty_q);
-        close();
-      }
-    }
-    if (open) close();
-  }
-
- private:
-  const ForwardParams& p;
-  const Schedule& schedule;
-  ForwardStorage<Traits>& smem;
-  const ConsumerThread thread;
-  ConsumerState<Traits> state;
+__device__ __forceinline__ void consume_block(const ForwardParams& p, const BlockOfQueries<Traits>& block,
+                                              ForwardStorage<Traits>& smem, const ConsumerThread& thread,
+                                              ConsumerState<Traits>& state) {
+  const bool folded = p.l2norm_qk && p.q_unit == nullptr;
+  const float scale = p.scale != nullptr ? p.scale[block.head] : p.scale_value;
+  float rnorm[2] = {1.0f, 1.0f};
   Accumulators<Traits> acc;
+  acc.sum[0] = acc.sum[1] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc.o[i] = 0.0f;
+
   RowFactors<Traits> rows;
-  KeyTileView<Traits> tile;
-  uint32_t item;
-  float rnorm[2];
-
-  __device__ __forceinline__ bool is_folded() const { return p.l2norm_qk && p.q_unit == nullptr; }
-
-  // The queries and their factors; sums and shifts of no key yet.
-  __device__ __forceinline__ void start(uint32_t next, const BlockOfQueries<Traits>& block) {
-    item = next;
-    rnorm[0] = rnorm[1] = 1.0f;
+  rows.shift = bounded_shift<typename Traits::Element>(p.bound) * kLog2e;
+  acc.maximum.shift[0] = acc.maximum.shift[1] = -INFINITY;
+  if (block.num_tiles > 0) {
     if constexpr (Traits::kQueriesInRegisters) {
       acc.q.load(smem.q, thread);
       arrive(smem.empty_q);
-      if (is_folded()) acc.q.row_norms(rnorm);
+      if (folded) acc.q.row_norms(rnorm);
     } else {
-      if (is_folded()) row_norms<Traits>(rnorm, smem.q, thread.row);
+      if (folded) row_norms<Traits>(rnorm, smem.q, thread.row);
     }
-    const float scale = p.scale != nullptr ? p.scale[block.head] : p.scale_value;
-    rows.shift = bounded_shift<typename Traits::Element>(p.bound) * kLog2e;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = block.first_query + thread.row + half * 8;
       rows.q_factor[half] = scale * kLog2e * rnorm[half];
       rows.limit[half] = p.causal ? min(query + p.num_keys - p.num_queries, p.num_keys - 1) : p.num_keys - 1;
-      acc.sum[half] = 0.0f;
-      acc.maximum.shift[half] = -INFINITY;
     }
+    attend<Traits>(acc, block, smem, thread, rows, state);
+  } else {
+    arrive(smem.empty_q);
   }
+  constexpr bool kBounded = Traits::kSoftmax == Softmax::kBounded;
+  const float shift[2] = {kBounded ? rows.shift : acc.maximum.shift[0], kBounded ? rows.shift : acc.maximum.shift[1]};
+  store_results<Traits>(p, block, thread.row, acc.o, acc.sum, rnorm, shift, folded && p.q_rnorm != nullptr);
+}
 
-  __device__ __forceinline__ void clear_output() {
-#pragma unroll
-    for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc.o[i] = 0.0f;
+template <class Traits>
+__device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& schedule, ForwardStorage<Traits>& smem) {
+  const ConsumerThread thread;
+  ConsumerState<Traits> state;
+  for (;;) {
+    wait(smem.full_q, state.q_phase);
+    state.q_phase ^= 1;
+    const uint32_t item = smem.item;
+    if (item >= schedule.num_items) return;
+    const auto block = BlockOfQueries<Traits>::from(p, schedule, item);
+    consume_block<Traits>(p, block, smem, thread, state);
   }
-
-  // The first tile of a block by itself.
-  __device__ __forceinline__ void open_with(uint32_t next, const BlockOfQueries<Traits>& block) {
-    start(next, block);
-    clear_output();
-    tile = KeyTileView<Traits>::first(smem, state, block);
-    take_turn<Traits>(thread.warpgroup);
-    issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
-    pass_turn<Traits>(thread.warpgroup);
-    exponentiate_tile<Traits, true, 0>(acc, smem, thread, rows, state, tile);
-    pack_probabilities<Traits>(acc.probabilities, acc.s);
-  }
-
-  // The first tile of a block beside the last O of the block before, which is stored.
-  __device__ __forceinline__ void go_over_to(uint32_t next, const BlockOfQueries<Traits>& block) {
-    const BlockEnd before = end_of_block();
-    start(next, block);
-    const auto previous = state.ring;
-    state.advance();
-    tile = KeyTileView<Traits>::first(smem, state, block);
-    multiply_tile<Traits, true>(acc, smem, thread, rows, previous, state, tile);
-    store(before);
-    clear_output();
-    pack_probabilities<Traits>(acc.probabilities, acc.s);
-  }
-
-  // The last O by itself.
-  __device__ __forceinline__ void close() {
-    wait(smem.full_v[state.ring.stage], state.ring.phase);
-    take_turn<Traits>(thread.warpgroup);
-    issue_output<Traits>(acc.o, acc.probabilities, smem.v[state.ring.stage]);
-    pass_turn<Traits>(thread.warpgroup);
-    wgmma_wait<0>();
-    wgmma_pin(acc.o);
-    if (thread.releases) arrive(smem.empty_v[state.ring.stage]);
-    state.advance();
-    store(end_of_block());
-  }
-
-  __device__ __forceinline__ BlockEnd end_of_block() const {
-    BlockEnd end{item, {acc.sum[0], acc.sum[1]}, {rnorm[0], rnorm[1]}, {rows.shift, rows.shift}};
-    if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
-      end.shift[0] = acc.maximum.shift[0], end.shift[1] = acc.maximum.shift[1];
-    }
-    return end;
-  }
-
-  __device__ __forceinline__ void store(const BlockEnd& end) {
-    const auto block = BlockOfQueries<Traits>::from(p, schedule, end.item);
-    store_results<Traits>(p, block, thread.row, acc.o, end.sum, end.rnorm, end.shift, is_folded() && p.q_rnorm != nullptr);
-  }
-
-  // A block whose queries see no key.
-  __device__ __forceinline__ void store_nothing(const BlockOfQueries<Traits>& block) {
-    constexpr float kZeros[Traits::kHeadDim / 2] = {};
-    const float none[2] = {0.0f, 0.0f}, ones[2] = {1.0f, 1.0f};
-    store_results<Traits>(p, block, thread.row, kZeros, none, ones, none, is_folded() && p.q_rnorm != nullptr);
-  }
-};
+}
 
 template <class Traits>
 __device__ __forceinline__ void initialize_barriers(ForwardStorage<Traits>& smem) {
@@ -620,7 +501,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();
-    Consumer<Traits>(p, schedule, smem).run();
+    consume<Traits>(p, schedule, smem);
   }
 }
 

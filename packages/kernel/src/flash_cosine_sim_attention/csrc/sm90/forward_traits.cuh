@@ -11,15 +11,16 @@
 
 namespace fcsa::sm90 {
 
-// kKeyMask: not named by variants; the launcher picks the kernel with it where there is a mask.
-template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false>
+// kKeyMask, kForManyKeys: not named by variants; the launcher picks the kernel for the call.
+template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false>
 struct ForwardTraits {
   using WithKeyMask = ForwardTraits<Element_, kHeadDim_, kSoftmax_, true>;
+  using ForManyKeys = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, true>;
   static constexpr bool kKeyMask = kKeyMask_;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
-  static constexpr ForwardTile kTile = forward_tile<kHeadDim>();
+  static constexpr ForwardTile kTile = forward_tile<kHeadDim, kForManyKeys_>();
   static constexpr int kConsumerWarps = kTile.consumer_warpgroups * 4;
   static constexpr int kBlockM = kTile.consumer_warpgroups * 64;
   static constexpr int kBlockN = kTile.block_n;
@@ -28,8 +29,7 @@ struct ForwardTraits {
   static constexpr int kFactorStages = 2 * kStages;
   // With a key mask there is no room for them beyond head dim 64.
   static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
-  static constexpr bool kPingPong = kTile.ping_pong;
-  static constexpr int kParts = kTile.halves && kSoftmax == Softmax::kBounded ? 2 : 1;
+  static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
   static constexpr int kPartN = kBlockN / kParts;
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
