@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from flash_cosine_sim_attention import cuda, kernel_form, launchers
+from flash_cosine_sim_attention import common_call, cuda, kernel_form, launchers
 from flash_cosine_sim_attention._build import BuildError, cache, toolchain
 from flash_cosine_sim_attention._build.spec import binding_target
 
@@ -53,6 +53,7 @@ def serve_on_the_cpu(monkeypatch):
     def serve(address, arch="sm80"):
         monkeypatch.setattr(launchers, "address", address)
         monkeypatch.setattr(cuda, "capability_of", lambda device: (9, 0) if arch == "sm90" else (8, 0))
+        monkeypatch.setattr(common_call, "_plans", {})
         monkeypatch.setattr(cuda, "workspace", poisoned)
         monkeypatch.setattr(kernel_form, "workspace", poisoned)
         monkeypatch.setitem(cuda.FORCED, arch, cuda.CudaKernels(arch))

@@ -183,7 +183,8 @@ def test_hopper_takes_its_own_forward_where_there_is_one(host_launchers, monkeyp
     assert served_by((8, 6)) == [("sm80", "forward", 64)]
     assert served_by((12, 0)) == [("sm80", "forward", 64)]
     assert served_by((9, 0)) == [("sm90", "forward", 64)]
-    assert served_by((9, 0), mask=True) == [("sm80", "forward", 64)]
+    assert served_by((9, 0), mask=True) == [("sm90", "forward", 64)]
+    assert served_by((9, 0), scale="head") == [("sm90", "forward", 64)]
     assert served_by((9, 0), bias="hij") == [("sm80", "forward", 64)]
     assert served_by((9, 0), d=32, requires_grad=True)[1:] == [("sm80", "backward", 32)]
     assert served_by((9, 0), dtype=torch.float32) == [("sm80", "forward", 64)]
@@ -252,7 +253,7 @@ class TestOperatorArguments:
                 "scale_value": 8.0, "bound": 8.0, "groups": 1, "causal": False, "l2norm_qk": False,
                 "toeplitz": False,
                 "out": torch.empty_like(q), "lse": q.new_empty(1, 1, 2, 5, dtype=torch.float32), "q_rnorm": None,
-                "k_rnorm": None, "q_unit": None, "k_unit": None, "v_split": None, "v_largest": None,
+                "k_rnorm": None, "q_unit": None, "k_unit": None, "v_split": None, "v_largest": None, "next_item": None,
             }  # fmt: skip
             torch.ops.flash_cosine_sim_attention.launch_forward(**(a | changed))
 
@@ -292,9 +293,9 @@ def test_float32_beyond_the_split_halves_is_served_by_the_torch_path(host_launch
     automatic = cuda.CudaKernels(None)
     problem = make_inputs(d=32, groups=groups, scale=8.0).problem()
     if fused:
-        assert automatic._launcher("forward", problem) is not None
+        assert automatic.launcher("forward", problem) is not None
         return
     with pytest.warns(RuntimeWarning, match="float32 logits up to 128: above 100"):
-        assert automatic._launcher("forward", problem) is None
-    assert automatic._launcher("backward", problem) is None
-    assert cuda.FORCED["sm80"]._launcher("forward", problem) is not None
+        assert automatic.launcher("forward", problem) is None
+    assert automatic.launcher("backward", problem) is None
+    assert cuda.FORCED["sm80"].launcher("forward", problem) is not None

@@ -6,19 +6,27 @@ Needs the CUDA headers and g++, no GPU. Small problems: each still crosses two t
 from __future__ import annotations
 
 import ctypes
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
 from flash_cosine_sim_attention.accuracy import assert_within_budget
 from flash_cosine_sim_attention.reference import plain_cosine_sim_attention
-from flash_cosine_sim_attention.testing import assert_close_to_reference, eager_cosine_sim_attention, make_inputs
+from flash_cosine_sim_attention.testing import (
+    Inputs,
+    assert_close_to_reference,
+    eager_cosine_sim_attention,
+    make_inputs,
+)
 from flash_cosine_sim_attention.variants import Variant, variant_for
 
 from .emulator.build import build
 
 FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
 EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
+EMULATED += [variant_for("sm90", "forward", "float16", 64, "running_max")]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +57,50 @@ def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
 )
 def test_forward(dtype, d, options):
     sizes = {"nq": 140, "nk": 270, "d": d} | options
-    inputs = make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes)
-    actual = flash_cosine_sim_attention(**inputs.arguments(), return_lse=True, backend="sm90")
+    assert_forward_close(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 80.0},
+        {"scale": -80.0, "causal": True},
+        {"scale": "head", "kv_heads": 1},
+        {"mask": True, "scale": 80.0},
+    ],
+    ids=str,
+)
+def test_running_maximum(options):
+    assert_forward_close(make_inputs((1,), 2, nq=140, dtype=torch.float16, **({"nk": 400, "d": 64} | options)))
+
+
+HIDDEN = {
+    "the end of one, the start of the other": ([slice(300, None)], [slice(0, 140)]),
+    "whole tiles amid others": ([slice(128, 384)], [slice(5, 500)]),
+    "all keys of one": ([slice(None)], [slice(599, None)]),
+    "every third": ([slice(None, None, 3)], [slice(1, None, 3)]),
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_key_mask(hidden, causal):
+    """NaN in the masked keys and values reaches nothing."""
+    inputs = make_inputs((2,), 2, 1, 140, 600, 64, dtype=torch.bfloat16, causal=causal)
+    mask = torch.ones(2, 600, dtype=torch.bool)
+    for row, slices in zip(mask, HIDDEN[hidden], strict=True):
+        for hide in slices:
+            row[hide] = False
+    assert_forward_close(replace(inputs, mask=mask), poison=True)
+
+
+def assert_forward_close(inputs: Inputs, poison: bool = False) -> None:
+    """`poison`: the kernel gets NaN in masked keys and values, the references do not."""
+    given = inputs
+    if poison:
+        masked = ~inputs.mask[:, None, :, None]
+        given = replace(inputs, k=inputs.k.masked_fill(masked, math.nan), v=inputs.v.masked_fill(masked, math.nan))
+    actual = flash_cosine_sim_attention(**given.arguments(), return_lse=True, backend="sm90")
     exact = plain_cosine_sim_attention(**inputs.to(torch.float64).arguments(), return_lse=True)
     baseline = eager_cosine_sim_attention(**inputs.arguments(), return_lse=True)
     for name, *three in zip(("out", "lse"), actual, exact, baseline, strict=True):

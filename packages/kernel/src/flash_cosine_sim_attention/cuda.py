@@ -70,7 +70,7 @@ class CudaKernels:
         self._launchers: dict[tuple, Launcher | str] = {}  # kind of call -> what serves it, or the reason of a refusal
 
     def forward(self, problem: Problem, outputs: Outputs) -> None:
-        launcher = self._launcher("forward", problem)
+        launcher = self.launcher("forward", problem)
         if launcher is None:
             chunked.forward(problem, outputs)
         elif problem.q.numel() == 0 or problem.k.numel() == 0:
@@ -81,7 +81,7 @@ class CudaKernels:
     def backward(
         self, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
     ) -> None:
-        launcher = self._launcher("backward", problem)
+        launcher = self.launcher("backward", problem)
         if launcher is None:
             chunked.backward(problem, outputs, dout, dlse, gradients)
         elif problem.q.numel() == 0 or problem.k.numel() == 0:
@@ -89,9 +89,10 @@ class CudaKernels:
         else:
             launch_backward(launcher, problem, outputs, dout, dlse, gradients)
 
-    def _launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
+    def launcher(self, pass_name: str, problem: Problem) -> Launcher | None:
+        """What serves the call; None: the chunked path, after a warning with the reason. Forced: ValueError with it."""
         q, feature = problem.q, _feature(pass_name, problem)
-        dtype, has_mask = _kernel_dtype(q, pass_name), problem.mask is not None
+        dtype, has_bias = _kernel_dtype(q, pass_name), problem.bias is not None
         if self.arch is None and dtype == "float32" and FLOAT32_BOUND < problem.bound < math.inf:
             _warn_once(
                 f"float32 logits up to {problem.bound:g}: above {FLOAT32_BOUND:g} the kernels' split products lose bits"
@@ -99,7 +100,7 @@ class CudaKernels:
             return None
         grouped_scale = problem.scale is not None and q.shape[2] != problem.k.shape[2]
         sizes = (q.shape[-1], problem.v.shape[-1], problem.groups)
-        key = (pass_name, q.device, dtype, sizes, feature, has_mask, grouped_scale)
+        key = (pass_name, q.device, dtype, sizes, feature, has_bias, grouped_scale)
         found = self._launchers.get(key)
         if found is None:
             found = self._launchers[key] = self._resolve(pass_name, problem, feature)
@@ -163,7 +164,7 @@ FORCED = {"sm80": CudaKernels("sm80"), "sm90": CudaKernels("sm90")}
 def _sm90_refusal(pass_name: str, problem: Problem, width: int) -> str | None:
     """What the Hopper kernels do not serve of what their variants would; None if they do."""
     if pass_name == "forward":
-        return "the sm90 forward takes no key mask" if problem.mask is not None else None
+        return "the sm90 forward takes no bias" if problem.bias is not None else None
     if width <= 32:
         return f"the sm90 backward has no tiles for head dim {width}"
     if problem.scale is not None and problem.q.shape[2] != problem.k.shape[2]:
@@ -231,6 +232,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         workspace(q, k.shape, q.dtype) if copies else None,
         workspace(q, v.shape, q.dtype) if split else None,
         workspace(q, v.shape[:3]) if split else None,
+        workspace(q, (1,)) if launcher.arch == "sm90" else None,
     )
     write_back(out, outputs.out)
 

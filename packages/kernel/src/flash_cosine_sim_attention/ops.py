@@ -106,23 +106,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse, *_):
-        out, lse, q_rnorm, k_rnorm, q, k, v, mask, bias, scale = ctx.saved_tensors
-        if dout is None:
-            if dlse is None:
-                return (None,) * 12
-            dout = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]]
-        args = (dout, dlse, out, lse, q_rnorm, k_rnorm, q, k, v, mask, bias, scale, *ctx.options, needs)
-        if _is_plain_eager(args[:12]):
-            with torch._C._AutoDispatchBelowAutograd():
-                dq, dk, dv, dbias, dscale = _backward(*args)
-        else:
-            dq, dk, dv, dbias, dscale = torch.ops.flash_cosine_sim_attention.backward(*args)
-        dq, dk, dv, dbias, dscale = (
-            gradient if need else None for gradient, need in zip((dq, dk, dv, dbias, dscale), needs, strict=True)
-        )
+        dq, dk, dv, dbias, dscale = gradients(dout, dlse, *ctx.saved_tensors, *ctx.options, needs)
         return dq, dk, dv, None, dbias, dscale, None, None, None, None, None, None
+
+
+def gradients(dout: Tensor | None, dlse: Tensor | None, *args) -> tuple[Tensor | None, ...]:
+    """args: those of the operator `backward` behind dlse -> (dq, dk, dv, dbias, dscale), None where not wanted."""
+    if dout is None:
+        if dlse is None:
+            return (None,) * 5
+        dout = torch.zeros_like(args[0])
+    if is_plain_eager((dout, dlse, *args[:10])):
+        with torch._C._AutoDispatchBelowAutograd():
+            found = _backward(dout, dlse, *args)
+    else:
+        found = torch.ops.flash_cosine_sim_attention.backward(dout, dlse, *args)
+    return tuple(gradient if need else None for gradient, need in zip(found, args[-1], strict=True))
 
 
 def _save(ctx, args, out, lse, q_rnorm, k_rnorm):
@@ -143,7 +144,7 @@ class _EagerAttention(_Attention):
         return _save(ctx, args, out, lse, q_rnorm, k_rnorm)
 
 
-def _is_plain_eager(args: tuple) -> bool:
+def is_plain_eager(args: tuple) -> bool:
     """Whether nobody but this file would see the operator: no compiler, tracer, mode, transform or tensor subclass."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
@@ -157,7 +158,7 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator `forward`. In plain eager code its two trips through the dispatcher, 6 us of host time each, are
     spared: the same functions are called directly.
     """
-    if torch.compiler.is_compiling() or not _is_plain_eager(args[:6]):
+    if torch.compiler.is_compiling() or not is_plain_eager(args[:6]):
         return torch.ops.flash_cosine_sim_attention.forward(*args)
     if _needs_gradient(args):
         return _EagerAttention.apply(*args)

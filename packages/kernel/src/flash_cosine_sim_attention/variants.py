@@ -39,7 +39,7 @@ TABLE = (
     Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max", "toeplitz")),
     Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias", "toeplitz")),
     Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias", "toeplitz")),
-    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded",)),
+    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max")),
     Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
 

@@ -60,6 +60,9 @@ struct ForwardParams : Problem {
   // Workspaces of float32: v in split form, (b0, b1, hk, j, d) float's worth of bytes, and max |v|, (b0, b1, hk).
   void* v_split;
   float* v_largest;
+
+  // Workspace of sm90, uninitialised: the next block of queries that a persistent thread block takes.
+  uint32_t* next_item;
 };
 
 struct BackwardParams : Problem {

@@ -9,10 +9,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "params.h"
 
@@ -252,7 +254,7 @@ void launch(int64_t address, const Params& params, const Tensor& q, const char* 
 void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
                     OptionalTensor scale, double scale_value, double bound, int64_t groups, bool causal, bool l2norm_qk,
                     bool toeplitz, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
-                    OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest) {
+                    OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor next_item) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::ForwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
@@ -263,7 +265,70 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
   p.bound = static_cast<float>(bound);
   p.v_split = unit_data("v_split", v_split, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
   p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
+  p.next_item = reinterpret_cast<uint32_t*>(float_data("next_item", next_item, q, {1}));
   launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+}
+
+// A new tensor like q: its device; contiguous where no strides are given.
+Tensor empty(const Tensor& q, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides = nullptr) {
+  int64_t contiguous[5], step = 1;
+  for (int64_t dim = dims - 1; dim >= 0; --dim) {
+    contiguous[dim] = step;
+    step *= sizes[dim];
+  }
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides != nullptr ? strides : contiguous, dtype, device_type,
+                                                  q.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Strides of a (b, h, n, d) tensor in the kernels' form, which the caller has made sure of but for the alignment of its start.
+fcsa::Strides plain_strides(const char* name, const Tensor& x) {
+  if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) fail(name, "rows on 16-byte boundaries", "another start");
+  const auto strides = x.strides();
+  return {strides[0], 0, strides[1], strides[2]};
+}
+
+// The forward of the common call, outputs included, in one go: half precision, (b, h, n, d) tensors in the kernels' form with
+// one head dim, one group, the norm, no mask, no bias, no learned scale. The adapter knows all this from their sizes and strides.
+std::tuple<Tensor, Tensor, Tensor, Tensor> plain_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, double scale_value,
+                                                         bool causal, bool counts_items) {
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), strides = q.strides();
+  if (q_sizes.size() != 4 || k_sizes.size() != 4) fail("q, k", "4 dims (b, h, n, d)", shape_of(q) + ", " + shape_of(k));
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  const int64_t sizes[4] = {q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]};
+  const int64_t q_rows[4] = {sizes[0], sizes[1], sizes[2], 1}, k_rows[4] = {k_sizes[0], k_sizes[1], k_sizes[2], 1};
+  // in the layout of q where that is dense, as empty_like would have it
+  const bool heads_behind = strides[3] == 1 && strides[1] == sizes[3] && strides[2] == sizes[1] * sizes[3] &&
+                            strides[0] == sizes[2] * sizes[1] * sizes[3];
+  const int64_t out_strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[3], sizes[1] * sizes[3], 1};
+  const int32_t float32 = aoti_torch_dtype_float32();
+  Tensor out = empty(q, dtype, 4, sizes, heads_behind ? out_strides : nullptr), lse = empty(q, float32, 3, q_rows);
+  Tensor q_rnorm = empty(q, float32, 4, q_rows), k_rnorm = empty(q, float32, 4, k_rows);
+
+  fcsa::ForwardParams p{};
+  p.b0 = static_cast<int32_t>(sizes[0]), p.b1 = 1, p.heads = static_cast<int32_t>(sizes[1]);
+  p.kv_heads = static_cast<int32_t>(k_sizes[1]), p.num_queries = static_cast<int32_t>(sizes[2]);
+  p.num_keys = static_cast<int32_t>(k_sizes[2]), p.head_dim = static_cast<int32_t>(sizes[3]), p.groups = 1;
+  p.causal = causal, p.l2norm_qk = true;
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  p.q_strides = plain_strides("q", q), p.k_strides = plain_strides("k", k), p.v_strides = plain_strides("v", v);
+  p.scale_value = static_cast<float>(scale_value), p.bound = std::abs(p.scale_value);
+  p.out = out.data_ptr(), p.out_strides = plain_strides("out", out);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.q_rnorm = static_cast<float*>(q_rnorm.data_ptr()), p.k_rnorm = static_cast<float*>(k_rnorm.data_ptr());
+  if (counts_items) {
+    const int64_t one[1] = {1};
+    const Tensor next_item = empty(q, float32, 1, one);  // its memory goes back to the stream's pool, behind the launch
+    p.next_item = static_cast<uint32_t*>(next_item.data_ptr());
+    launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+  } else {
+    launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+  }
+  return {out, lse, q_rnorm, k_rnorm};
 }
 
 void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
@@ -313,7 +378,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "launch_forward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, bool toeplitz, "
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
-      "Tensor(h!)? v_largest) -> ()");
+      "Tensor(h!)? v_largest, Tensor(i!)? next_item) -> ()");
+  m.def(
+      "plain_forward(int launcher, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, bool counts_items) "
+      "-> (Tensor out, Tensor lse, Tensor q_rnorm, Tensor k_rnorm)");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, Tensor dout, Tensor? dlse, Tensor out, "
@@ -325,5 +393,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {
   m.impl("launch_forward", TORCH_BOX(&launch_forward));
+  m.impl("plain_forward", TORCH_BOX(&plain_forward));
   m.impl("launch_backward", TORCH_BOX(&launch_backward));
 }

@@ -37,6 +37,16 @@ inline cudaError_t multiprocessor_count(int* count) {
   return error;
 }
 
+template <auto kKernel, class Params, class Parts>
+cudaError_t launch_blocks(const Params& p, const Parts& parts, int64_t blocks, int threads, int shared_bytes,
+                          cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (const cudaError_t error = allow_shared_memory<kKernel>(shared_bytes); error != cudaSuccess) return error;
+  kKernel<<<static_cast<uint32_t>(blocks), threads, shared_bytes, stream>>>(p, parts);
+  return cudaGetLastError();
+}
+
 template <auto kKernel, class Params>
 cudaError_t launch_blocks(const Params& p, int64_t blocks, int threads, int shared_bytes, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;

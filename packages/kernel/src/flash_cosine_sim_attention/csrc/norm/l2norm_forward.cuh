@@ -6,6 +6,7 @@
 // Prologue of the fused kernels, and the whole of l2norm_tensors.
 #pragma once
 
+#include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "../common/tile_index.cuh"
 #include "../common/vectorized.cuh"
@@ -21,6 +22,7 @@ struct L2NormParams {
   void* unit;    // (b0, b1, heads, rows, d) contiguous, or nullptr; with SplitHalf (..., 2 d) halves, times kUnitScale
   bool exact = false;     // one group: unit is x times the power of two in rnorm instead, without rounding (see below)
   bool normalize = true;  // false: x is of unit norm already and goes into the copy as it is; rnorm is not written
+  uint32_t* cleared = nullptr;  // one word that the launch sets to 0
 };
 
 inline L2NormParams q_norm_params(const Problem& p, float* rnorm, void* unit) {
@@ -90,11 +92,13 @@ __device__ __forceinline__ void grouped_rnorm(float (&factor)[8], const float (&
 template <class Element, class Unit, int kLanesPerRow>
 __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormParams p) {
   __shared__ float squares[kThreads * 8];
+  let_next_kernel_start();
   constexpr int kRowsPerStep = kThreads / kLanesPerRow;
   const int num_tiles = ceil_div(p.rows, kRowsPerBlock<kLanesPerRow>);
   const TileIndex index = TileIndex::from_block(blockIdx.x, num_tiles, p.heads, p.b1);
   const int lane_in_row = threadIdx.x % kLanesPerRow, row_in_step = threadIdx.x / kLanesPerRow;
   const bool in_row = lane_in_row * 8 < p.head_dim;
+  if (p.cleared != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.cleared = 0;
   const Element* x = static_cast<const Element*>(p.x) + index.offset(p.x_strides) + lane_in_row * 8;
   const int64_t first_row = index.first_row(p.b1, p.heads, p.rows);
   const int row0 = index.tile * kRowsPerBlock<kLanesPerRow> + row_in_step;
@@ -141,8 +145,60 @@ __global__ void __launch_bounds__(kThreads) l2norm_forward_kernel(const L2NormPa
   }
 }
 
+// The factors alone, of 16-bit rows and one group: what a forward asks for. As few instructions as it takes to keep device
+// memory busy: 16 bytes of each of kRows neighbouring rows in flight, and one square root a lane, of the row whose number
+// is the lane's.
+template <class Element, int kLanesPerRow>
+struct FactorRows {
+  static constexpr int kRows = kLanesPerRow < 8 ? kLanesPerRow : 8;
+  static constexpr int kRowsPerBlock = kThreads / kLanesPerRow * kRows;
+};
+
+template <class Element, int kLanesPerRow>
+__global__ void __launch_bounds__(kThreads) row_factors_kernel(const L2NormParams p) {
+  using Shape = FactorRows<Element, kLanesPerRow>;
+  let_next_kernel_start();
+  if (p.cleared != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.cleared = 0;
+  const TileIndex index = TileIndex::from_block(blockIdx.x, ceil_div(p.rows, Shape::kRowsPerBlock), p.heads, p.b1);
+  const int lane = threadIdx.x % kLanesPerRow;
+  const int row0 = index.tile * Shape::kRowsPerBlock + threadIdx.x / kLanesPerRow * Shape::kRows;
+  const Element* x = static_cast<const Element*>(p.x) + index.offset(p.x_strides) + row0 * p.x_strides.row + lane * 8;
+  const int num_rows = lane * 8 < p.head_dim ? p.rows - row0 : 0;
+  uint4 raw[Shape::kRows];
+#pragma unroll
+  for (int i = 0; i < Shape::kRows; ++i) {
+    raw[i] = i < num_rows ? *reinterpret_cast<const uint4*>(x + i * p.x_strides.row) : make_uint4(0, 0, 0, 0);
+  }
+  float own = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Shape::kRows; ++i) {
+    const uint32_t pairs[4] = {raw[i].x, raw[i].y, raw[i].z, raw[i].w};
+    float sum = 0.0f;
+#pragma unroll
+    for (uint32_t pair : pairs) {
+      const float2 values = unpack<Element>(pair);
+      sum = fmaf(values.x, values.x, fmaf(values.y, values.y, sum));
+    }
+    sum = lane_sum<kLanesPerRow>(sum);
+    own = lane == i ? sum : own;
+  }
+  if (lane < Shape::kRows && row0 + lane < p.rows) {
+    p.rnorm[index.first_row(p.b1, p.heads, p.rows) + row0 + lane] = reciprocal_norm(own);
+  }
+}
+
+template <class Element, int kLanesPerRow>
+cudaError_t launch_row_factors(const L2NormParams& p, cudaStream_t stream) {
+  using Shape = FactorRows<Element, kLanesPerRow>;
+  const int64_t blocks = static_cast<int64_t>(ceil_div(p.rows, Shape::kRowsPerBlock)) * p.heads * p.b1 * p.b0;
+  return launch_blocks<row_factors_kernel<Element, kLanesPerRow>>(p, blocks, kThreads, 0, stream);
+}
+
 template <class Element, class Unit, int kLanesPerRow>
 cudaError_t launch(const L2NormParams& p, cudaStream_t stream) {
+  if constexpr (sizeof(Element) == 2) {
+    if (p.unit == nullptr && p.groups == 1 && p.normalize) return launch_row_factors<Element, kLanesPerRow>(p, stream);
+  }
   const int64_t blocks =
       static_cast<int64_t>(ceil_div(p.rows, kRowsPerBlock<kLanesPerRow>)) * p.heads * p.b1 * p.b0;
   if (blocks == 0) return cudaSuccess;

@@ -8,11 +8,11 @@
 #pragma once
 
 #include "../common/backward_prologue.cuh"
+#include "../common/launch.cuh"
 #include "backward_dbias.cuh"
 #include "backward_ddiagonals.cuh"
 #include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
-#include "backward_launch.cuh"
 
 namespace fcsa::sm80 {
 

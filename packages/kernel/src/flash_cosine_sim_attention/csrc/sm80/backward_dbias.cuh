@@ -8,7 +8,7 @@
 #pragma once
 
 #include "backward_dbias_walk.cuh"
-#include "backward_launch.cuh"
+#include "../common/launch.cuh"
 #include "backward_tiles.cuh"
 
 namespace fcsa::sm80 {

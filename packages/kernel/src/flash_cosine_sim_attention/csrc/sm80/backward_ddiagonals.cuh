@@ -9,7 +9,7 @@
 #pragma once
 
 #include "../common/diagonal_window.cuh"
-#include "backward_launch.cuh"
+#include "../common/launch.cuh"
 #include "backward_scores.cuh"
 
 namespace fcsa::sm80 {

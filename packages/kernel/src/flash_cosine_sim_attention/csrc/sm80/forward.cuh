@@ -1,24 +1,10 @@
 // Launches the forward pass for compute capability 8.0 and up: the norm's prologue, then one fused kernel.
 #pragma once
 
-#include <atomic>
-
+#include "../common/launch.cuh"
 #include "forward_kernel.cuh"
 
 namespace fcsa::sm80 {
-
-// Blocks with more than 48 KB of shared memory have to be allowed once on every device.
-template <auto kKernel>
-cudaError_t allow_shared_memory(int bytes) {
-  static std::atomic<uint64_t> allowed{0};  // a bit a device
-  int device = 0;
-  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if ((allowed.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
-  return error;
-}
 
 // Factors of all keys, and of the queries where they are not computed from the tile in flight; unit copies if wanted.
 template <class Traits>
@@ -65,13 +51,9 @@ ForwardParams with_copies(ForwardParams p) {
 template <class Config, Bias kBias>
 cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(ceil_div(p.num_queries, Config::kBlockM)) * p.heads * p.b1 * p.b0;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   constexpr int kBytes = sizeof(ForwardSmem<Config>);
   static_assert(kBytes <= 99 * 1024, "what a block may use on every device from compute capability 8.0 on");
-  constexpr auto kKernel = &forward_kernel<Config, kBias>;
-  if (cudaError_t error = allow_shared_memory<kKernel>(kBytes); error != cudaSuccess) return error;
-  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, kBytes, stream>>>(with_copies<Config>(p));
-  return cudaGetLastError();
+  return launch_blocks<forward_kernel<Config, kBias>>(with_copies<Config>(p), blocks, Config::kThreads, kBytes, stream);
 }
 
 template <class Config>

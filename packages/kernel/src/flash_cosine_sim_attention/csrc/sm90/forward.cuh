@@ -1,6 +1,7 @@
 // Launcher of the Hopper forward: prologue (norm factors of the keys, or unit copies), tensor maps, main kernel.
 #pragma once
 
+#include "../common/launch.cuh"
 #include "../norm/l2norm_forward.cuh"
 #include "forward_kernel.cuh"
 
@@ -42,39 +43,52 @@ Schedule make_schedule(const ForwardParams& p) {
 
 template <class Traits>
 cudaError_t launch_prologue(const ForwardParams& p, cudaStream_t stream) {
-  if (!p.l2norm_qk) return cudaSuccess;
+  if (!p.l2norm_qk) {
+    return p.next_item == nullptr ? cudaSuccess : cudaMemsetAsync(p.next_item, 0, sizeof(*p.next_item), stream);
+  }
   using Element = typename Traits::Element;
   if (p.q_unit != nullptr) {
-    const cudaError_t error = launch_l2norm_forward<Element>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
+    const cudaError_t error = launch_l2norm_forward<Element, Element, Traits::kHeadDim>(q_norm_params(p, p.q_rnorm, p.q_unit), stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_l2norm_forward<Element>(k_norm_params(p, p.k_rnorm, p.k_unit), stream);
+  L2NormParams keys = k_norm_params(p, p.k_rnorm, p.k_unit);
+  keys.cleared = p.next_item;
+  return launch_l2norm_forward<Element, Element, Traits::kHeadDim>(keys, stream);
 }
 
 template <class Traits>
-cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
-  static_assert(Traits::kSoftmax == Softmax::kBounded, "sm90 serves bounded logits; the sm80 kernels the rest");
-  cudaError_t error = launch_prologue<Traits>(p, stream);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   ForwardMaps maps;
-  error = make_maps<Traits>(&maps, p);
+  cudaError_t error = make_maps<Traits>(&maps, p);
   if (error != cudaSuccess) return error;
   const Schedule schedule = make_schedule<Traits>(p);
   if (schedule.num_items == 0) return cudaSuccess;
   if (schedule.num_items > INT32_MAX) return cudaErrorInvalidConfiguration;
 
-  int device = 0, processors = 0;
-  error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int processors = 0;
+  error = multiprocessor_count(&processors);
   if (error != cudaSuccess) return error;
   constexpr int kBytes = sizeof(ForwardStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "shared memory of a block on sm_90");
-  error = cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    constexpr auto kKernel = forward_kernel<Traits>;
+  error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = static_cast<int>(schedule.num_items < processors ? schedule.num_items : processors);
-  forward_kernel<Traits><<<blocks, Traits::kThreads, kBytes, stream>>>(p, maps, schedule);
+  if (p.l2norm_qk) return launch_early<kKernel>(blocks, Traits::kThreads, kBytes, stream, p, maps, schedule);
+  kKernel<<<blocks, Traits::kThreads, kBytes, stream>>>(p, maps, schedule);
   return cudaGetLastError();
+}
+
+template <class Traits>
+cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
+  if (p.bias != nullptr) return cudaErrorInvalidValue;  // served by the sm80 kernels
+  const cudaError_t error = launch_prologue<Traits>(p, stream);
+  if (error != cudaSuccess) return error;
+  if (p.mask != nullptr) return launch_forward_kernel<typename Traits::WithKeyMask>(p, stream);
+  if constexpr (Traits::kHeadDim <= 64 && Traits::kSoftmax == Softmax::kBounded) {
+    if (p.num_keys >= kManyKeys) return launch_forward_kernel<typename Traits::ForManyKeys>(p, stream);
+  }
+  return launch_forward_kernel<Traits>(p, stream);
 }
 
 }  // namespace fcsa::sm90

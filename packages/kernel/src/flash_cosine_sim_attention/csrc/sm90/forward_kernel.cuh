@@ -32,6 +32,36 @@ struct ConsumerThread {
   }
 };
 
+// The queries of this thread as operands of S = q k^T, where they stay in registers for the walk.
+template <class Traits>
+struct QueryFragments {
+  uint32_t words[Traits::kHeadDim / 16][4];
+
+  __device__ __forceinline__ void load(const typename Traits::QueryTile& q, const ConsumerThread& thread) {
+    const int lane = threadIdx.x % 32, row = thread.row - lane / 4 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+      load_matrix_x4(words[step], q.chunk(row, step * 16 + lane / 16 * 8));
+    }
+  }
+
+  __device__ __forceinline__ void row_norms(float (&rnorm)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 x = unpack<typename Traits::Element>(words[step][i * 2 + half]);
+          sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
+        }
+      }
+      rnorm[half] = reciprocal_norm(lane_sum<4>(sum));
+    }
+  }
+};
+
 // 1 / |q_i| of this thread's two rows from the tile in shared memory. A quad shares a row; the permutation of the chunks
 // within a row does not matter to a sum.
 template <class Traits>
@@ -56,17 +86,31 @@ __device__ __forceinline__ void row_norms(float (&rnorm)[2], const typename Trai
   }
 }
 
-// Issues S = q k^T for this warpgroup's 64 rows; not waited for.
+// Issues S = q k^T for this warpgroup's 64 rows and the keys of each part, a group of wgmma a part; not waited for.
 template <class Traits>
-__device__ __forceinline__ void issue_scores(float (&s)[Traits::kBlockN / 2], const typename Traits::QueryTile& q,
-                                             const typename Traits::KeyTile& k, int warpgroup) {
-  wgmma_fence();
-  wgmma_ss<typename Traits::Element, false>(s, q.descriptor(warpgroup * 64, 0), k.descriptor(0, 0));
+__device__ __forceinline__ void issue_scores(float (&s)[Traits::kParts][Traits::kPartN / 2], const QueryFragments<Traits>& fragments,
+                                             const typename Traits::QueryTile& q, const typename Traits::KeyTile& k,
+                                             int warpgroup) {
+  using Element = typename Traits::Element;
 #pragma unroll
-  for (int step = 1; step < Traits::kHeadDim / 16; ++step) {
-    wgmma_ss<typename Traits::Element, true>(s, q.descriptor(warpgroup * 64, step * 16), k.descriptor(0, step * 16));
+  for (int part = 0; part < Traits::kParts; ++part) {
+    wgmma_fence();
+    const int key = part * Traits::kPartN;
+    if constexpr (Traits::kQueriesInRegisters) {
+      wgmma_rs<Element, false>(s[part], fragments.words[0], k.descriptor(key, 0));
+#pragma unroll
+      for (int step = 1; step < Traits::kHeadDim / 16; ++step) {
+        wgmma_rs<Element, true>(s[part], fragments.words[step], k.descriptor(key, step * 16));
+      }
+    } else {
+      wgmma_ss<Element, false>(s[part], q.descriptor(warpgroup * 64, 0), k.descriptor(key, 0));
+#pragma unroll
+      for (int step = 1; step < Traits::kHeadDim / 16; ++step) {
+        wgmma_ss<Element, true>(s[part], q.descriptor(warpgroup * 64, step * 16), k.descriptor(key, step * 16));
+      }
+    }
+    wgmma_commit();
   }
-  wgmma_commit();
 }
 
 // Issues O += P v; not waited for.
@@ -82,54 +126,132 @@ __device__ __forceinline__ void issue_output(float (&o)[Traits::kHeadDim / 2],
   wgmma_commit();
 }
 
-// S -> P in place, and this thread's part of the row sums. k_factor: 1 / |k_j| of the tile's keys.
+// Which of a thread's scores of one tile are visible, where that is not all.
 template <class Traits>
-__device__ __forceinline__ void exponentiate(float (&s)[Traits::kBlockN / 2], float (&sum)[2], const float* k_factor,
-                                             const float (&q_factor)[2], float shift, int column) {
-#pragma unroll
-  for (int i = 0; i < Traits::kBlockN / 8; ++i) {
-    const float2 factor = *reinterpret_cast<const float2*>(k_factor + i * 8 + column);
+struct VisiblePairs {
+  int limit[2];  // of the keys of the tile, the last that each row sees
+  uint32_t words[Traits::kKeyMask ? 2 : 1][Traits::kBlockN / 32];  // with a key mask: both together, from the thread's column on
+
+  __device__ __forceinline__ VisiblePairs(const int (&row_limit)[2], int first_key, const KeyBits<Traits::kBlockN>& keys,
+                                          int column) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& low = s[i * 4 + half * 2];
-      float& high = s[i * 4 + half * 2 + 1];
-      low = exp2_approx(fmaf(low * factor.x, q_factor[half], -shift));
-      high = exp2_approx(fmaf(high * factor.y, q_factor[half], -shift));
-      sum[half] += low + high;
+      limit[half] = row_limit[half] - first_key - column;
+      if constexpr (Traits::kKeyMask) {
+#pragma unroll
+        for (int w = 0; w < Traits::kBlockN / 32; ++w) {
+          const int last = row_limit[half] - first_key - w * 32;
+          const uint32_t seen = last >= 31 ? 0xffffffffu : last < 0 ? 0u : (2u << last) - 1;
+          words[half][w] = (keys.words[w] & seen) >> column;
+        }
+      }
+    }
+  }
+
+  // key: its distance from the thread's column, a compile-time constant
+  __device__ __forceinline__ bool operator()(int half, int key) const {
+    if constexpr (Traits::kKeyMask) return words[half][key / 32] >> key % 32 & 1;
+    return key <= limit[half];
+  }
+};
+
+// S of the keys from `first` of a tile -> P in place, and this thread's part of the row sums. k_factor: 1 / |k_j| of these
+// keys. kMasked: some pairs are hidden; the choice comes behind the exponential, since a branch would serialise the
+// products that are under way, and since the score of a masked key may be NaN.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void exponentiate(float (&s)[Traits::kPartN / 2], float (&sum)[2], const float* k_factor,
+                                             const float (&q_factor)[2], float shift, int column, int first,
+                                             const VisiblePairs<Traits>& visible) {
+#pragma unroll
+  for (int i = 0; i < Traits::kPartN / 8; i += 2) {
+    const float4 factors = *reinterpret_cast<const float4*>(k_factor + i * 8 + column * 2);  // factor_slot()
+    const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+#pragma unroll
+    for (int next = 0; next < 2; ++next) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float p[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          p[c] = exp2_approx(fmaf(s[(i + next) * 4 + half * 2 + c] * factor[next][c], q_factor[half], -shift));
+          if (kMasked && !visible(half, first + (i + next) * 8 + c)) p[c] = 0.0f;
+          s[(i + next) * 4 + half * 2 + c] = p[c];
+        }
+        sum[half] += p[0] + p[1];
+      }
     }
   }
 }
 
-// The same where some pairs are hidden: key > limit of the row.
-template <class Traits>
-__device__ __forceinline__ void exponentiate_masked(float (&s)[Traits::kBlockN / 2], float (&sum)[2],
-                                                    const float* k_factor, const float (&q_factor)[2], float shift,
-                                                    int column, const int (&limit)[2]) {
+// The shift of the rows that this thread holds a part of, which follows their maxima.
+struct RunningMaximum {
+  float shift[2];   // base 2; -inf: no visible key so far
+  float factor[2];  // what a raised shift makes of the sums so far; 1 where it stays
+
+  // S of a tile -> logits in place, -inf where hidden, in base 2; and the shift of rows whose maximum has climbed too high
+  // above it is raised. No branch: products are under way.
+  template <class Traits, bool kMasked>
+  __device__ __forceinline__ void follow(float (&s)[Traits::kBlockN / 2], const float* k_factor,
+                                         const float (&q_factor)[2], int column, const VisiblePairs<Traits>& visible) {
+    float maximum[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-  for (int i = 0; i < Traits::kBlockN / 8; ++i) {
-    const float2 factor = *reinterpret_cast<const float2*>(k_factor + i * 8 + column);
+    for (int i = 0; i < Traits::kBlockN / 8; i += 2) {
+      const float4 factors = *reinterpret_cast<const float4*>(k_factor + i * 8 + column * 2);  // factor_slot()
+      const float key_factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int next = e / 4, half = e / 2 % 2, c = e % 2;
+        float& x = s[(i + next) * 4 + half * 2 + c];
+        x = x * key_factor[next][c] * q_factor[half];
+        if (kMasked && !visible(half, (i + next) * 8 + c)) x = -INFINITY;
+        maximum[half] = fmaxf(maximum[half], x);
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& low = s[i * 4 + half * 2];
-      float& high = s[i * 4 + half * 2 + 1];
-      // first the exponential, then the choice: a branch here would serialise the products that are under way
-      const float low_p = exp2_approx(fmaf(low * factor.x, q_factor[half], -shift));
-      const float high_p = exp2_approx(fmaf(high * factor.y, q_factor[half], -shift));
-      low = i * 8 + column <= limit[half] ? low_p : 0.0f;
-      high = i * 8 + column + 1 <= limit[half] ? high_p : 0.0f;
-      sum[half] += low + high;
+      const float of_row = lane_max<4>(maximum[half]);
+      const bool raised = of_row > shift[half] + kRescaleThreshold;
+      factor[half] = raised ? exp2_approx(shift[half] - of_row) : 1.0f;
+      shift[half] = raised ? of_row : shift[half];
+    }
+  }
+
+  __device__ __forceinline__ bool any_raised() const {
+    return __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
+  }
+};
+
+// Logits -> P in place, and the sums.
+template <class Traits>
+__device__ __forceinline__ void exponentiate_logits(float (&s)[Traits::kBlockN / 2], float (&sum)[2],
+                                                    const RunningMaximum& maximum) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sum[half] *= maximum.factor[half];
+    const float shift = maximum.shift[half] == -INFINITY ? 0.0f : maximum.shift[half];  // all of the row is -inf
+#pragma unroll
+    for (int i = 0; i < Traits::kBlockN / 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& x = s[i * 4 + half * 2 + c];
+        x = exp2_approx(x - shift);
+        sum[half] += x;
+      }
     }
   }
 }
 
 template <class Traits>
 __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[Traits::kBlockN / 16][4],
-                                                   const float (&s)[Traits::kBlockN / 2]) {
+                                                   const float (&s)[Traits::kParts][Traits::kPartN / 2]) {
+  constexpr int kStepsPerPart = Traits::kPartN / 16;
 #pragma unroll
   for (int step = 0; step < Traits::kBlockN / 16; ++step) {
+    const float(&part)[Traits::kPartN / 2] = s[step / kStepsPerPart];
+    const int first = step % kStepsPerPart * 8;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      probabilities[step][r] = pack<typename Traits::Element>(s[step * 8 + r * 2], s[step * 8 + r * 2 + 1]);
+      probabilities[step][r] = pack<typename Traits::Element>(part[first + r * 2], part[first + r * 2 + 1]);
     }
   }
 }
@@ -138,23 +260,9 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[Tra
 template <class Traits>
 struct RowFactors {
   float q_factor[2];  // scale * log2(e) / |q_i|
-  float shift;        // base 2
+  float shift;        // base 2; of every row, where the logits are bounded
   int limit[2];       // last key that the row sees
 };
-
-// S of one tile -> P. kMasked is a template argument, not a branch: a branch between the issue of a wgmma and its wait
-// makes the compiler serialise them.
-template <class Traits, bool kMasked>
-__device__ __forceinline__ void exponentiate_tile(float (&s)[Traits::kBlockN / 2], float (&sum)[2],
-                                                  const float* k_factor, const RowFactors<Traits>& rows, int first_key,
-                                                  int column) {
-  if constexpr (kMasked) {
-    const int limit[2] = {rows.limit[0] - first_key, rows.limit[1] - first_key};
-    exponentiate_masked<Traits>(s, sum, k_factor, rows.q_factor, rows.shift, column, limit);
-  } else {
-    exponentiate<Traits>(s, sum, k_factor, rows.q_factor, rows.shift, column);
-  }
-}
 
 // The position of a consumer in all rings; it goes on from block to block.
 template <class Traits>
@@ -162,38 +270,102 @@ struct ConsumerState {
   RingPosition<Traits::kStages> ring;
   RingPosition<Traits::kFactorStages> factors;
   uint32_t q_phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    ring.advance();
+    factors.advance();
+  }
+};
+
+// The tile of keys that a consumer works on, from when its keys are there.
+template <class Traits>
+struct KeyTileView {
+  int first_key;
+  bool last;                               // with a key mask only, as the next
+  KeyBits<Traits::kBlockN> visible;
+
+  __device__ __forceinline__ static KeyTileView first(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+                                                      const BlockOfQueries<Traits>& block) {
+    return at(smem, state, (block.num_tiles - 1) * Traits::kBlockN);
+  }
+
+  __device__ __forceinline__ static KeyTileView next(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+                                                     const KeyTileView& previous) {
+    return at(smem, state, previous.first_key - Traits::kBlockN);
+  }
+
+  __device__ __forceinline__ bool is_cut(const BlockOfQueries<Traits>& block) const {  // some pair is hidden
+    return first_key + Traits::kBlockN - 1 > block.first_limit || !visible.all();
+  }
+
+ private:
+  __device__ __forceinline__ static KeyTileView at(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+                                                   int first_key) {
+    wait(const_cast<uint64_t&>(smem.full_k[state.ring.stage]), state.ring.phase);
+    if constexpr (!Traits::kKeyMask) return {first_key, false, {}};
+    const KeyTileRecord<Traits>& record = smem.records[state.factors.stage];
+    return {record.tile * Traits::kBlockN, record.last, record.visible};
+  }
 };
 
 // What a consumer holds of one block of queries.
 template <class Traits>
 struct Accumulators {
+  QueryFragments<Traits> q;
   float o[Traits::kHeadDim / 2];
-  float s[Traits::kBlockN / 2];
+  float s[Traits::kParts][Traits::kPartN / 2];
   uint32_t probabilities[Traits::kBlockN / 16][4];
   float sum[2];
+  RunningMaximum maximum;  // where the logits are not bounded
 };
 
-// S of tile `tile` beside O of the tile before: the products overlap with the exponentials, here and in the other
-// warpgroups.
+// S -> P of one tile, part by part as they get ready; kBehind: groups of wgmma that were issued behind S.
+template <class Traits, bool kMasked, int kBehind>
+__device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
+                                                  const ConsumerThread& thread, const RowFactors<Traits>& rows,
+                                                  const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
+  const VisiblePairs<Traits> visible(rows.limit, tile.first_key, tile.visible, thread.column);
+#pragma unroll
+  for (int part = 0; part < Traits::kParts; ++part) {
+    if (part == Traits::kParts - 1) {
+      wgmma_wait<kBehind>();
+    } else {
+      wgmma_wait<kBehind + 1>();
+    }
+    wgmma_pin(acc.s[part]);
+    if (part == Traits::kParts - 1 && thread.releases) arrive(smem.empty_k[state.ring.stage]);
+    const int first = part * Traits::kPartN;
+    const float* k_factor = smem.k_factor[state.factors.stage] + first;
+    if constexpr (Traits::kSoftmax == Softmax::kBounded) {
+      exponentiate<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, rows.shift, thread.column, first, visible);
+    } else {
+      acc.maximum.template follow<Traits, kMasked>(acc.s[part], k_factor, rows.q_factor, thread.column, visible);
+      exponentiate_logits<Traits>(acc.s[part], acc.sum, acc.maximum);
+    }
+  }
+}
+
+// S of `tile` beside O of the tile before, whose V lies at `previous`: the products overlap with the exponentials, here and
+// in the other warpgroups. kMasked is a template argument, not a branch: a branch between the issue of a wgmma and its
+// wait makes the compiler serialise them.
 template <class Traits, bool kMasked>
 __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
                                             const ConsumerThread& thread, const RowFactors<Traits>& rows,
-                                            ConsumerState<Traits>& state, int tile) {
-  const auto previous = state.ring;
-  state.ring.advance();
-  state.factors.advance();
-  wait(smem.full_k[state.ring.stage], state.ring.phase);
-  issue_scores<Traits>(acc.s, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+                                            const RingPosition<Traits::kStages>& previous,
+                                            const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
   wait(smem.full_v[previous.stage], previous.phase);
+  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
   issue_output<Traits>(acc.o, acc.probabilities, smem.v[previous.stage]);
-  wgmma_wait<1>();
-  wgmma_pin(acc.s);
-  if (thread.releases) arrive(smem.empty_k[state.ring.stage]);
-  exponentiate_tile<Traits, kMasked>(acc.s, acc.sum, smem.k_factor[state.factors.stage], rows,
-                                     tile * Traits::kBlockN, thread.column);
+  exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
   if (thread.releases) arrive(smem.empty_v[previous.stage]);
+  if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
+    if (acc.maximum.any_raised()) {
+#pragma unroll
+      for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc.o[i] *= acc.maximum.factor[i / 2 % 2];
+    }
+  }
   pack_probabilities<Traits>(acc.probabilities, acc.s);
 }
 
@@ -202,32 +374,48 @@ template <class Traits>
 __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQueries<Traits>& block,
                                        ForwardStorage<Traits>& smem, const ConsumerThread& thread,
                                        const RowFactors<Traits>& rows, ConsumerState<Traits>& state) {
-  int tile = block.num_tiles - 1;
-  wait(smem.full_k[state.ring.stage], state.ring.phase);
-  issue_scores<Traits>(acc.s, smem.q, smem.k[state.ring.stage], thread.warpgroup);
-  wgmma_wait<0>();
-  wgmma_pin(acc.s);
-  if (thread.releases) arrive(smem.empty_k[state.ring.stage]);
-  exponentiate_tile<Traits, true>(acc.s, acc.sum, smem.k_factor[state.factors.stage], rows, tile * Traits::kBlockN,
-                                  thread.column);
+  auto tile = KeyTileView<Traits>::first(smem, state, block);
+  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  exponentiate_tile<Traits, true, 0>(acc, smem, thread, rows, state, tile);
   pack_probabilities<Traits>(acc.probabilities, acc.s);
 
-  --tile;
-  for (; tile >= 0 && (tile + 1) * Traits::kBlockN - 1 > block.first_limit; --tile) {
-    attend_tile<Traits, true>(acc, smem, thread, rows, state, tile);
+  if constexpr (Traits::kKeyMask) {
+    while (!tile.last) {
+      const auto previous = state.ring;
+      state.advance();
+      tile = KeyTileView<Traits>::next(smem, state, tile);
+      if (tile.is_cut(block)) {
+        attend_tile<Traits, true>(acc, smem, thread, rows, previous, state, tile);
+      } else {
+        attend_tile<Traits, false>(acc, smem, thread, rows, previous, state, tile);
+      }
+    }
+  } else {
+    int left = block.num_tiles - 1;
+    for (; left > 0 && tile.first_key - 1 > block.first_limit; --left) {
+      const auto previous = state.ring;
+      state.advance();
+      tile = KeyTileView<Traits>::next(smem, state, tile);
+      attend_tile<Traits, true>(acc, smem, thread, rows, previous, state, tile);
+    }
+    for (; left > 0; --left) {
+      const auto previous = state.ring;
+      state.advance();
+      tile = KeyTileView<Traits>::next(smem, state, tile);
+      attend_tile<Traits, false>(acc, smem, thread, rows, previous, state, tile);
+    }
   }
-  for (; tile >= 0; --tile) attend_tile<Traits, false>(acc, smem, thread, rows, state, tile);
 
-  if (thread.releases) arrive(smem.empty_q);
+  if (!Traits::kQueriesInRegisters) arrive(smem.empty_q);
   wait(smem.full_v[state.ring.stage], state.ring.phase);
   issue_output<Traits>(acc.o, acc.probabilities, smem.v[state.ring.stage]);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
   if (thread.releases) arrive(smem.empty_v[state.ring.stage]);
-  state.ring.advance();
-  state.factors.advance();
+  state.advance();
 }
 
+// One block of queries. empty_q: every thread arrives for itself, once it reads neither smem.q nor smem.item any more.
 template <class Traits>
 __device__ __forceinline__ void consume_block(const ForwardParams& p, const BlockOfQueries<Traits>& block,
                                               ForwardStorage<Traits>& smem, const ConsumerThread& thread,
@@ -242,10 +430,15 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
 
   RowFactors<Traits> rows;
   rows.shift = bounded_shift<typename Traits::Element>(p.bound) * kLog2e;
+  acc.maximum.shift[0] = acc.maximum.shift[1] = -INFINITY;
   if (block.num_tiles > 0) {
-    wait(smem.full_q, state.q_phase);
-    state.q_phase ^= 1;
-    if (folded) row_norms<Traits>(rnorm, smem.q, thread.row);
+    if constexpr (Traits::kQueriesInRegisters) {
+      acc.q.load(smem.q, thread);
+      arrive(smem.empty_q);
+      if (folded) acc.q.row_norms(rnorm);
+    } else {
+      if (folded) row_norms<Traits>(rnorm, smem.q, thread.row);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = block.first_query + thread.row + half * 8;
@@ -253,16 +446,24 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
       rows.limit[half] = p.causal ? min(query + p.num_keys - p.num_queries, p.num_keys - 1) : p.num_keys - 1;
     }
     attend<Traits>(acc, block, smem, thread, rows, state);
+  } else {
+    arrive(smem.empty_q);
   }
-  store_results<Traits>(p, block, thread.row, acc.o, acc.sum, rnorm, rows.shift, folded && p.q_rnorm != nullptr);
+  constexpr bool kBounded = Traits::kSoftmax == Softmax::kBounded;
+  const float shift[2] = {kBounded ? rows.shift : acc.maximum.shift[0], kBounded ? rows.shift : acc.maximum.shift[1]};
+  store_results<Traits>(p, block, thread.row, acc.o, acc.sum, rnorm, shift, folded && p.q_rnorm != nullptr);
 }
 
 template <class Traits>
 __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& schedule, ForwardStorage<Traits>& smem) {
   const ConsumerThread thread;
   ConsumerState<Traits> state;
-  for (uint32_t index = blockIdx.x; index < schedule.num_items; index += gridDim.x) {
-    const auto block = BlockOfQueries<Traits>::from(p, schedule, index);
+  for (;;) {
+    wait(smem.full_q, state.q_phase);
+    state.q_phase ^= 1;
+    const uint32_t item = smem.item;
+    if (item >= schedule.num_items) return;
+    const auto block = BlockOfQueries<Traits>::from(p, schedule, item);
     consume_block<Traits>(p, block, smem, thread, state);
   }
 }
@@ -270,15 +471,17 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
 template <class Traits>
 __device__ __forceinline__ void initialize_barriers(ForwardStorage<Traits>& smem) {
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(&smem.full_q, 1);
-    ptx::mbarrier_init(&smem.empty_q, Traits::kConsumerWarps);
+    constexpr int kMaskWarp = Traits::kKeyMask ? 32 : 0;  // the lanes of clean()
+    initialize(smem.full_q, 1);
+    initialize(smem.empty_q, Traits::kConsumerWarps * 32);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      ptx::mbarrier_init(&smem.full_k[stage], 1);
-      ptx::mbarrier_init(&smem.full_v[stage], 1);
-      ptx::mbarrier_init(&smem.empty_k[stage], Traits::kConsumerWarps);
-      ptx::mbarrier_init(&smem.empty_v[stage], Traits::kConsumerWarps);
+      initialize(smem.full_k[stage], 32);
+      initialize(smem.full_v[stage], Traits::kKeyMask ? kMaskWarp : 1);
+      if (Traits::kKeyMask) initialize(smem.loaded_v[stage], 1);
+      initialize(smem.empty_k[stage], Traits::kConsumerWarps + kMaskWarp);
+      initialize(smem.empty_v[stage], Traits::kConsumerWarps);
     }
-    ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+    fence_barrier_initialization();
   }
   __syncthreads();
 }
@@ -291,10 +494,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   auto& smem = *reinterpret_cast<ForwardStorage<Traits>*>(raw);
   initialize_barriers<Traits>(smem);
   if (threadIdx.x < 128) {
-    shrink_registers<Traits::kTile.producer_registers>();
+    shrink_registers<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) produce<Traits>(p, maps, schedule, smem);
+    if constexpr (Traits::kKeyMask) {
+      if (threadIdx.x / 32 == 1) clean<Traits>(smem);
+    }
   } else {
-    grow_registers<Traits::kTile.consumer_registers>();
+    grow_registers<Traits::kConsumerRegisters>();
     consume<Traits>(p, schedule, smem);
   }
 }

@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_row(typename Traits::Element* row, uint32_
 template <class Traits>
 __device__ __forceinline__ void store_results(const ForwardParams& p, const BlockOfQueries<Traits>& block, int row,
                                               const float (&o)[Traits::kHeadDim / 2], const float (&sum)[2],
-                                              const float (&rnorm)[2], float shift, bool write_rnorm) {
+                                              const float (&rnorm)[2], const float (&shift)[2], bool write_rnorm) {
   using Element = typename Traits::Element;
   const int64_t first_row = block.first_row(p);
   const Strides& strides = p.out_strides;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_results(const ForwardParams& p, const Bloc
     const int query = block.first_query + row + half * 8;
     const bool valid = query < p.num_queries;
     if (valid && threadIdx.x % 4 == 0) {
-      p.lse[first_row + row + half * 8] = total == 0.0f ? -INFINITY : shift * kLn2 + logf(total);
+      p.lse[first_row + row + half * 8] = total == 0.0f ? -INFINITY : shift[half] * kLn2 + logf(total);
       if (write_rnorm) p.q_rnorm[first_row + row + half * 8] = rnorm[half];
     }
     uint32_t words[Traits::kHeadDim / 8];

@@ -1,6 +1,7 @@
 // Everything that the stages of the Hopper forward share: sizes, the shared-memory plan, the walk over tiles.
 #pragma once
 
+#include "../common/mask.cuh"
 #include "../common/softmax.cuh"
 #include "../common/tile_index.cuh"
 #include "pipeline.cuh"
@@ -10,27 +11,47 @@
 
 namespace fcsa::sm90 {
 
-template <class Element_, int kHeadDim_, Softmax kSoftmax_>
+// kKeyMask, kForManyKeys: not named by variants; the launcher picks the kernel for the call.
+template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false>
 struct ForwardTraits {
+  using WithKeyMask = ForwardTraits<Element_, kHeadDim_, kSoftmax_, true>;
+  using ForManyKeys = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, true>;
+  static constexpr bool kKeyMask = kKeyMask_;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
-  static constexpr ForwardTile kTile = forward_tile<kHeadDim>();
+  static constexpr ForwardTile kTile = forward_tile<kHeadDim, kForManyKeys_>();
   static constexpr int kConsumerWarps = kTile.consumer_warpgroups * 4;
   static constexpr int kBlockM = kTile.consumer_warpgroups * 64;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kStages = kTile.stages;
   // Factors of a tile of keys are read until its product with V: they live longer than K (forward_producer.cuh).
   static constexpr int kFactorStages = 2 * kStages;
+  // With a key mask there is no room for them beyond head dim 64.
+  static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
+  static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
+  static constexpr int kPartN = kBlockN / kParts;
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
   // setmaxnreg moves registers within what the block was launched with; asking for more waits for ever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(kTile.consumer_registers * kTile.consumer_warpgroups + kTile.producer_registers <=
+  static constexpr int kLent = kKeyMask ? (kHeadDim <= 128 ? 24 : 16) : 0;  // to the warps that find the visible tiles
+  static constexpr int kConsumerRegisters = kTile.consumer_registers - kLent;
+  static constexpr int kProducerRegisters = kTile.producer_registers + kLent * kTile.consumer_warpgroups;
+  static_assert(kConsumerRegisters * kTile.consumer_warpgroups + kProducerRegisters <=
                 kLaunchRegisters * (kTile.consumer_warpgroups + 1));
 
   using QueryTile = PanelTile<Element, kBlockM, kHeadDim>;
   using KeyTile = PanelTile<Element, kBlockN, kHeadDim>;
+};
+
+// A tile of keys of the walk, as the producer hands it out where there is a key mask.
+template <class Traits>
+struct KeyTileRecord {
+  KeyBits<Traits::kBlockN> visible;  // by the mask and the end of the keys
+  int tile;
+  bool last;  // of its block of queries
+  bool end;   // of everything: there is no tile
 };
 
 template <class Traits>
@@ -38,10 +59,13 @@ struct ForwardStorage {
   typename Traits::QueryTile q;
   typename Traits::KeyTile k[Traits::kStages];
   typename Traits::KeyTile v[Traits::kStages];
-  float k_factor[Traits::kFactorStages][Traits::kBlockN];
+  uint32_t item;  // whose queries are in q; num_items or more: there are no more
+  alignas(16) float k_factor[Traits::kFactorStages][Traits::kBlockN];
+  KeyTileRecord<Traits> records[Traits::kKeyMask ? Traits::kFactorStages : 1];  // slots as those of k_factor
   uint64_t full_q, empty_q;
   uint64_t full_k[Traits::kStages], empty_k[Traits::kStages];
   uint64_t full_v[Traits::kStages], empty_v[Traits::kStages];
+  uint64_t loaded_v[Traits::kKeyMask ? Traits::kStages : 1];  // V is there, but not yet cleaned of the rows of masked keys
 };
 
 struct ForwardMaps {

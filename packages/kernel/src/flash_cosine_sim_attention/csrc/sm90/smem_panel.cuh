@@ -21,11 +21,8 @@ struct PanelTile {
 
   // wgmma operand stored [row][k]: 64 or more rows from `row`, 16 columns from `col`.
   __device__ uint64_t descriptor(int row, int col) const {
-    return make_descriptor(1) + row * kPanelCols / 8 + column_step(col);
+    return make_descriptor(1, row * kPanelCols / 8 + static_cast<uint32_t>(column_step(col)));
   }
-
-  // The same without `col`, which column_step is to be added for.
-  __device__ uint64_t descriptor_of_rows(int row) const { return make_descriptor(1) + row * kPanelCols / 8; }
   __host__ __device__ static constexpr uint64_t column_step(int col) {
     return (col / kPanelCols * kPanelElements + col % kPanelCols) / 8;
   }
@@ -33,7 +30,7 @@ struct PanelTile {
   // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`, the first of a panel; panels lie kPanelElements
   // apart.
   __device__ uint64_t descriptor_transposed(int row, int col = 0) const {
-    return make_descriptor(kPanelElements * 2 / 16) + col / kPanelCols * kPanelElements / 8 + row * kPanelCols / 8;
+    return make_descriptor(kPanelElements * 2 / 16, col / kPanelCols * kPanelElements / 8 + row * kPanelCols / 8);
   }
   __host__ __device__ static constexpr uint64_t row_step(int row) { return row * kPanelCols / 8; }
 
@@ -47,13 +44,13 @@ struct PanelTile {
     return panel * kPanelElements + row * kPanelCols + (in_panel ^ (row & 7)) * 8;
   }
 
-  // Matrix descriptor of wgmma, in units of 16 bytes: start address, to which an offset within the tile is simply added (a
-  // constant more costs no register then); leading byte offset, the stride between panels of a transposed operand; stride byte
-  // offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle.
-  __device__ uint64_t make_descriptor(uint64_t leading) const {
-    const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(data)) >> 4;
+  // Matrix descriptor of wgmma, in units of 16 bytes: start address; leading byte offset, the stride between panels of a
+  // transposed operand; stride byte offset, from one group of 8 rows to the next; bit 62: 128-byte swizzle. An offset within
+  // the tile is added last and to the lower word, so that the descriptors of a tile differ by one addition of a constant.
+  __device__ uint64_t make_descriptor(uint32_t leading, uint32_t offset) const {
+    const uint32_t tile = static_cast<uint32_t>(__cvta_generic_to_shared(data)) >> 4 | leading << 16;
     constexpr uint64_t kEightRows = 8 * 128 / 16;
-    return address | leading << 16 | kEightRows << 32 | uint64_t{1} << 62;
+    return (tile + offset) | kEightRows << 32 | uint64_t{1} << 62;
   }
 };
 

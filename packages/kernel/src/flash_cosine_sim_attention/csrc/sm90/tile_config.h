@@ -8,14 +8,22 @@ struct ForwardTile {
   int block_n;              // keys of a tile: one stage of the K and V rings
   int stages;
   int consumer_registers, producer_registers;
+  bool q_in_registers;  // operands of S for the whole walk; the next block's queries are then loaded meanwhile
+  int parts;            // S of a tile is multiplied, and exponentiated, in so many groups of keys
 };
 
-template <int kHeadDim>
+// From so many keys on three warpgroups of 96 keys beat two of 128 at head dim 64 (7 to 12 per cent; below 1k they lose as
+// much, to blocks of queries that are half as many again).
+constexpr int kManyKeys = 2048;
+
+template <int kHeadDim, bool kForManyKeys>
 constexpr ForwardTile forward_tile() {
-  // A consumer holds S (block_n / 2 registers), P (block_n / 4) and O (head_dim / 2).
-  if constexpr (kHeadDim <= 128) return {2, 128, 2, 240, 24};  // d 64: three warpgroups of 96 keys win beyond 8k only
-  if constexpr (kHeadDim <= 192) return {2, 96, 2, 240, 24};   // 48 + 24 + 96; 192 KiB
-  return {2, 64, 2, 240, 24};                                  // 32 + 16 + 128; 192 KiB
+  // A consumer holds S (block_n / 2 registers), P (block_n / 4), O (head_dim / 2) and the queries (head_dim / 4).
+  if constexpr (kHeadDim <= 64 && kForManyKeys) return {3, 96, 4, 160, 32, true, 1};
+  if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
+  if constexpr (kHeadDim <= 128) return {2, 128, 2, 240, 24, true, 1};   // queries in registers: 3 per cent
+  if constexpr (kHeadDim <= 192) return {2, 96, 2, 240, 24, false, 1};   // 192 KiB
+  return {2, 64, 2, 240, 24, false, 1};                                  // 192 KiB
 }
 
 }  // namespace fcsa::sm90
