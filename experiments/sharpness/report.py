@@ -153,7 +153,8 @@ def _plot_lengths(path: Path, found: dict[str, dict[str, list[Result]]]) -> None
             panel.grid(alpha=0.3)
         axes[0, column].set_title(task)
         axes[-1, column].set_xlabel("length (solid: scale of training, dashed: growing as log n)", fontsize=8)
-    axes[0, 0].legend(fontsize=8)
+    fullest = max(range(len(found)), key=lambda column: len(list(found.values())[column]))
+    axes[0, fullest].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
