@@ -32,6 +32,15 @@ cudaError_t make_maps(BackwardMaps* maps, const BackwardParams& p) {
 }
 
 // Both kernels behind the prologue start early: see where they wait_for_prologue().
+// Whether persistent blocks of threads get equal shares (BlockWalk): causal, the blocks of keys of a head differ in length, and
+// from turn to turn a multiprocessor moves on by processors % num_tiles of them; it should see all lengths. Else a block of
+// threads takes one block of keys, and the hardware deals them out: 24 % faster at 16384 tokens, causal.
+inline bool walk_is_balanced(const Problem& p, int num_tiles, int64_t blocks, int processors) {
+  if (!p.causal) return true;
+  const int ahead = processors % num_tiles, step = ahead < num_tiles - ahead ? ahead : num_tiles - ahead;
+  return step == 0 || blocks / processors * step * 2 >= 3 * num_tiles;  // 0: a turn and the next, backwards, make up for each other
+}
+
 template <class Traits, bool kWantsDq, bool kOrdered>
 cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   BackwardMaps maps;
@@ -47,8 +56,9 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   int processors = 0;
   error = multiprocessor_count(&processors);
   if (error != cudaSuccess) return error;
-  return launch_early<kKernel>(static_cast<int>(blocks < processors ? blocks : processors), Traits::kThreads, kBytes, stream, p,
-                               maps);
+  const bool persistent = kOrdered || walk_is_balanced(p, ceil_div(p.num_keys, Traits::kBlockK), blocks, processors);
+  return launch_early<kKernel>(static_cast<int>(persistent && blocks > processors ? processors : blocks), Traits::kThreads,
+                               kBytes, stream, p, maps);
 }
 
 template <class Traits>
