@@ -124,7 +124,7 @@ EMULATED += [variant_for("sm90", "backward", dtype, d, "plain") for dtype, d in 
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward(emulated, dtype, d, options, deterministic):
-    """Two persistent blocks of threads; in order, where they wait for each other, as many as there are blocks of keys."""
+    """Two persistent blocks of threads; in order, where they wait for each other, one for each block of keys."""
     sizes = {"nq": 140, "nk": 270, "d": d} | options
     multiprocessors = ctypes.CDLL(str(emulated)).emulate_multiprocessors
     multiprocessors(1000 if deterministic else 2)
