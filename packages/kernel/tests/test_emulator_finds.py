@@ -13,9 +13,9 @@ from .emulator.build import build
 
 VARIANT = variant_for("sm90", "forward", "bfloat16", 64, "bounded")
 OMISSIONS = {
-    "wait for the scores": "  wgmma_wait<1>();\n",
-    "wait for the values": "  wait(smem.full_v[previous.stage], previous.phase);\n",
-    "wait for a free slot": "      wait(smem.empty_k[ring.stage], ring.phase ^ 1);\n",
+    "wait for the scores": "      wgmma_wait<kBehind>();\n",
+    "wait for the values": "  wait(smem.full_v[state.ring.stage], state.ring.phase);\n",
+    "wait for a free slot": "      wait(smem.empty_k[stage], ring.phase ^ 1);\n",
     "release of a slot": "  if (thread.releases) arrive(smem.empty_v[previous.stage]);\n",
 }
 

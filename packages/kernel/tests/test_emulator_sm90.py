@@ -60,6 +60,12 @@ def test_forward(dtype, d, options):
     assert_forward_close(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_for_many_keys(causal):
+    """From 2048 keys on head dim 64 has three consumer warpgroups."""
+    assert_forward_close(make_inputs((1,), 1, None, 200, 2100, 64, dtype=torch.bfloat16, causal=causal))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -96,6 +96,15 @@ def test_random_configurations(configuration, lse, backend):
     assert_close_to_reference(cuda(**configuration), backend=backend, lse=lse)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("nq", "nk"), [(300, 333), (129, 2100)])
+def test_later_calls_of_a_signature(nq, nk, causal, backend):
+    """The first goes the usual way, later ones the short one (common_call.py)."""
+    for _ in range(3):
+        x = cuda((2,), 4, 2, nq, nk, d=64, dtype=torch.bfloat16, causal=causal)
+        assert_close_to_reference(x, backend=backend, lse=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("nq", "nk"), [(2050, 2050), (129, 4097), (4097, 129), (1, 4097), (4096, 4096)])
