@@ -76,8 +76,8 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_backward_d128_toeplitz": 256,
     "sm80_backward_d192_toeplitz": 64,
     "sm80_backward_d256_toeplitz": 192,
-    # Loop state, most where the tile is 192 or 256 wide: O alone holds 96 or 128 registers of a consumer's 240, 16 fewer with
-    # a key mask. In multiples of 64, worst of all kernels and dtypes; head dims 64 to 128 spill nothing.
+    # Loop state where the tile is 192 or 256 wide: O alone holds 96 or 128 registers of a consumer's 240, of 224 with a
+    # key mask. In multiples of 64, worst of all kernels and dtypes; head dims 64 to 128 spill nothing.
     "sm90_forward_d192_bounded": 64,
     "sm90_forward_d192_running_max": 128,
     "sm90_forward_d256_bounded": 256,
