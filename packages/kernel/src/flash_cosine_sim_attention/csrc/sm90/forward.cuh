@@ -70,7 +70,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   constexpr int kBytes = sizeof(ForwardStorage<Traits>);
   static_assert(kBytes <= 227 * 1024, "shared memory of a block on sm_90");
-    constexpr auto kKernel = forward_kernel<Traits>;
+  constexpr auto kKernel = forward_kernel<Traits>;
   error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = static_cast<int>(schedule.num_items < processors ? schedule.num_items : processors);

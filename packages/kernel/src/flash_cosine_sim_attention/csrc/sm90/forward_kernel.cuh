@@ -2,7 +2,8 @@
 //
 //   q (kBlockM, d) stays; k, v (kBlockN, d) stream through rings of kStages tiles
 //   S (64, kBlockN) = q k^T       a warpgroup, in registers
-//   P = exp2(S * k_factor_j * q_factor_i - shift)       one shift for the whole launch: no maximum, no rescaling
+//   P = exp2(S * k_factor_j * q_factor_i - shift)       bounded logits: one shift for the whole launch, no maximum, no
+//                                                       rescaling; else the shift of a row follows its maximum
 //   O (64, d) += P v              P goes from the accumulator layout straight into the A operand
 //
 // While the tensor cores multiply P of one tile with V, and the next tile's S is on its way, the same warpgroup
@@ -281,15 +282,15 @@ struct ConsumerState {
 template <class Traits>
 struct KeyTileView {
   int first_key;
-  bool last;                               // with a key mask only, as the next
+  bool last;  // with a key mask only, as the next
   KeyBits<Traits::kBlockN> visible;
 
-  __device__ __forceinline__ static KeyTileView first(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+  __device__ __forceinline__ static KeyTileView first(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
                                                       const BlockOfQueries<Traits>& block) {
     return at(smem, state, (block.num_tiles - 1) * Traits::kBlockN);
   }
 
-  __device__ __forceinline__ static KeyTileView next(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+  __device__ __forceinline__ static KeyTileView next(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
                                                      const KeyTileView& previous) {
     return at(smem, state, previous.first_key - Traits::kBlockN);
   }
@@ -299,9 +300,9 @@ struct KeyTileView {
   }
 
  private:
-  __device__ __forceinline__ static KeyTileView at(const ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+  __device__ __forceinline__ static KeyTileView at(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
                                                    int first_key) {
-    wait(const_cast<uint64_t&>(smem.full_k[state.ring.stage]), state.ring.phase);
+    wait(smem.full_k[state.ring.stage], state.ring.phase);
     if constexpr (!Traits::kKeyMask) return {first_key, false, {}};
     const KeyTileRecord<Traits>& record = smem.records[state.factors.stage];
     return {record.tile * Traits::kBlockN, record.last, record.visible};
