@@ -31,7 +31,6 @@ cudaError_t make_maps(BackwardMaps* maps, const BackwardParams& p) {
   return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, Traits::kBlockK);
 }
 
-// Both kernels behind the prologue start early: see where they wait_for_prologue().
 // Whether persistent blocks of threads get equal shares (BlockWalk): causal, the blocks of keys of a head differ in length, and
 // from turn to turn a multiprocessor moves on by processors % num_tiles of them; it should see all lengths. Else a block of
 // threads takes one block of keys, and the hardware deals them out: 24 % faster at 16384 tokens, causal.
@@ -41,6 +40,7 @@ inline bool walk_is_balanced(const Problem& p, int num_tiles, int64_t blocks, in
   return step == 0 || blocks / processors * step * 2 >= 3 * num_tiles;  // 0: a turn and the next, backwards, make up for each other
 }
 
+// Both kernels behind the prologue start early: see where they wait_for_prologue().
 template <class Traits, bool kWantsDq, bool kOrdered>
 cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   BackwardMaps maps;
@@ -56,7 +56,8 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   int processors = 0;
   error = multiprocessor_count(&processors);
   if (error != cudaSuccess) return error;
-  const bool persistent = kOrdered || walk_is_balanced(p, ceil_div(p.num_keys, Traits::kBlockK), blocks, processors);
+  // In order, a block of threads takes one block of keys: nobody then waits for one that finds no multiprocessor free.
+  const bool persistent = !kOrdered && walk_is_balanced(p, ceil_div(p.num_keys, Traits::kBlockK), blocks, processors);
   return launch_early<kKernel>(static_cast<int>(persistent && blocks > processors ? processors : blocks), Traits::kThreads,
                                kBytes, stream, p, maps);
 }
