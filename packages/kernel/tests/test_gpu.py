@@ -179,6 +179,19 @@ class TestDeterminism:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    @pytest.mark.parametrize(("d", "causal"), [(64, True), (128, False)])
+    def test_problems_that_take_turns(self, d, causal, backend):
+        """Each leaves in the workspaces what is wrong for the other: a kernel of the chain that reads too early shows."""
+        problems = [cuda((4,), 8, nq=512, d=d, dtype=torch.float16, causal=causal, seed=seed) for seed in (1, 2)]
+        torch.use_deterministic_algorithms(True)
+        try:
+            first = [self.gradients(x, backend) for x in problems]
+            for turn in range(1000):
+                again = self.gradients(problems[turn % 2], backend)
+                assert all(torch.equal(again[name], expected) for name, expected in first[turn % 2].items()), turn
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     def test_deterministic_gradients_are_right(self, backend):
         torch.use_deterministic_algorithms(True)
         try:
