@@ -181,7 +181,7 @@ class TestDeterminism:
 
     @pytest.mark.parametrize(("d", "causal"), [(64, True), (128, False)])
     def test_problems_that_take_turns(self, d, causal, backend):
-        """Each leaves in the workspaces what is wrong for the other: a kernel of the chain that reads too early shows."""
+        """Each leaves in the workspaces what is wrong for the other: a kernel that reads too early shows."""
         problems = [cuda((4,), 8, nq=512, d=d, dtype=torch.float16, causal=causal, seed=seed) for seed in (1, 2)]
         torch.use_deterministic_algorithms(True)
         try:

@@ -234,18 +234,17 @@ cudaError_t take_error() { return std::exchange(last_error, cudaSuccess); }
 
 extern "C" {
 
-static int shared_memory_limit = emulator::kSharedBytes, multiprocessors = 2;
+static int shared_memory_limit = emulator::kSharedBytes;
 
-void emulate_multiprocessors(int count) { multiprocessors = count; }
 void emulate_shared_memory_limit(int bytes) { shared_memory_limit = bytes; }
 void emulate_seed(int seed) { emulator::random_source.seed(seed); }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 1000;  // so many that launchers do not remember what they asked of it
+  *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_memory_limit;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared_memory_limit;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {

@@ -16,6 +16,7 @@ __host__ __device__ constexpr int padded_queries(int num_queries) {
   return ceil_div(num_queries, kQueryPadding) * kQueryPadding;
 }
 
+// Of BackwardParams::dq_progress.
 __device__ __forceinline__ int64_t num_progress_words(const Problem& p) {
   return static_cast<int64_t>(ceil_div(p.num_keys, 128)) * p.kv_heads * p.b1 * p.b0 * 2;
 }
@@ -23,9 +24,9 @@ __device__ __forceinline__ int64_t num_progress_words(const Problem& p) {
 // With t = (q_i . k_j) * k_factor_j, log2 P_ij = t * score + shift, and dS'_ij = P_ij * (dP_ij * gradient + offset).
 // Rows 2 r and 2 r + 1 lie together as {score, score, shift, shift}, {gradient, gradient, offset, offset}: a thread
 // holds two neighbouring queries of a transposed score. Where score / gradient is one number a head (Traits::kScaleInKeys) it
-// goes into another k_factor, and six numbers remain: {gradient, gradient, shift, shift}, {-delta, -delta}. float32: the powers of two that its operands carry
-// (OperandScales, kUnit, kProbabilityScale) are undone or put on here. A row that sees no key, and a row of padding,
-// has shift -inf and zeros elsewhere: P and dS' are 0.
+// goes into another k_factor, and six numbers remain: {gradient, gradient, shift, shift}, {-delta, -delta, unused}.
+// float32: the powers of two that its operands carry (OperandScales, kUnit, kProbabilityScale) are undone or put on here.
+// A row that sees no key, and a row of padding, has shift -inf and zeros elsewhere: P and dS' are 0.
 struct QueryRow {
   float score;     // scale * q_rnorm * log2(e)
   float shift;     // -lse * log2(e)

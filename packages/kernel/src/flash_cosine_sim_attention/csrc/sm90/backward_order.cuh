@@ -1,15 +1,15 @@
 // Additions to dq in a fixed order, for results that are bit-equal from run to run.
 //
-// Every block of keys adds to dq of every query that sees it. A turn is the right to add to dq of 128 queries of a head; blocks of
-// one kv head take it one after another, in the order in which they are launched. A block waits for the block before it alone
-// (`previous`), by a word in which that one counts the turns that it is done with: dq_progress (b0, b1, hk, block, warpgroup).
+// Every block of keys adds to dq of every query that sees it. A turn is the right to add to dq of 128 queries of a head. The
+// blocks of one kv head take it one after another, in the order in which they are launched. A block waits for the one before
+// it alone (`previous`), by a word in which that one counts the turns it is done with: dq_progress (b0, b1, hk, block, warpgroup).
 //
 //   full     block 0, 1, 2, ...: all begin with the first queries, so each is soon one turn behind the one before
 //   causal   the last block first: block j begins with the queries of its diagonal, where no earlier block has anything to add,
 //            and block j - 1 comes there a turn later
 //
-// Nobody waits for ever: the hardware starts blocks in the order of their index, `previous` has the index below, and the first
-// block of a kv head waits for none.
+// Nobody waits for ever: a block of threads takes one block of keys, the hardware starts them in the order of their index,
+// `previous` has the index below, and the first of a kv head waits for none. Blocks without a visible key take their turns too.
 #pragma once
 
 #include "backward_traits.cuh"
