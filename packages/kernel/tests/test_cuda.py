@@ -254,6 +254,7 @@ class TestOperatorArguments:
                 "toeplitz": False,
                 "out": torch.empty_like(q), "lse": q.new_empty(1, 1, 2, 5, dtype=torch.float32), "q_rnorm": None,
                 "k_rnorm": None, "q_unit": None, "k_unit": None, "v_split": None, "v_largest": None, "next_item": None,
+                "packed_bias": None, "pair_kernels": False,
             }  # fmt: skip
             torch.ops.flash_cosine_sim_attention.launch_forward(**(a | changed))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import chunked, launchers
 from ._build import BuildError
+from .bias_plan import BiasPlan, dbias_parts, plan_bias
 from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
 from .problem import Gradients, Outputs, Problem
 from .variants import TABLE, Variant, find_variant, variant_for, why_none
@@ -31,9 +32,6 @@ multiplied as halves, whose bits suffice only around each row's own maximum."""
 FLOAT32_BOUND = 100.0
 """The largest bound of the logits that float32 is multiplied in split halves for: they keep 22 bits of unit q and k,
 and an error of s is a relative error of P. Beyond it (16 groups at scale 8, say) eager float32 is twice as exact."""
-
-DBIAS_PARTS = 2**23
-"""The most floats of the workspace for the gradient of a bias that is shared: enough to keep every GPU busy."""
 
 _warned: set[str] = set()
 
@@ -233,6 +231,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         workspace(q, v.shape, q.dtype) if split else None,
         workspace(q, v.shape[:3]) if split else None,
         workspace(q, (1,)) if launcher.arch == "sm90" else None,
+        *plan_bias(problem, "forward", launcher.head_dim),
     )
     write_back(out, outputs.out)
 
@@ -257,7 +256,11 @@ def launch_backward(
     padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
     # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it has copies scaled by powers of two
     split = q.dtype == torch.float32  # multiplied as halves, from copies of q, k, v and dout
-    copies = split or (norm and (groups > 1 or q.dtype == torch.float16))
+    plan = plan_bias(problem, "backward", launcher.head_dim)
+    if dlse is not None or (dq is None and dk is None and dv is None):
+        plan = BiasPlan(plan.packed, False)
+    accumulates = accumulates and not plan.pair
+    copies = split or (norm and not plan.pair and (groups > 1 or q.dtype == torch.float16))
     torch.ops.flash_cosine_sim_attention.launch_backward(
         launcher.address,
         q,
@@ -291,7 +294,8 @@ def launch_backward(
         workspace(q, v.shape[:3]) if split else None,
         workspace(q, q.shape, q.dtype) if split else None,
         workspace(q, (2, *v.shape[:3])) if split else None,
-        _dbias_parts(problem, dbias),
+        dbias_parts(problem, dbias),
+        *plan,
         deterministic,
     )
     write_back(dq, gradients.dq, groups)
@@ -300,19 +304,6 @@ def launch_backward(
     write_back(dbias, gradients.dbias)
     if dscale_rows is not None:
         torch.sum(dscale_rows, (0, 1, 3), out=gradients.dscale)
-
-
-def _dbias_parts(problem: Problem, dbias: Tensor | None) -> Tensor | None:
-    """Room for sums over parts of what shares one bias, added up afterwards: at most DBIAS_PARTS floats; for a bias by
-    its diagonals O(i + j) of each (b0, b1, h), the windows of csrc/sm80/backward_ddiagonals.cuh.
-    """
-    (b0, b1, h, i, _), j = problem.q.shape, problem.k.shape[-2]
-    if dbias is not None and problem.toeplitz:
-        return workspace(problem.q, (b0 * b1 * h * (2 * -(-i // 64) + -(-j // 32)) * 96,))
-    if dbias is None or dbias.numel() == b0 * b1 * h * i * j:
-        return None
-    padded = b0 * b1 * h * (-(-i // 128) * 128) * (-(-j // 128) * 128)
-    return workspace(problem.q, (min(padded, DBIAS_PARTS),))
 
 
 def empty_forward(outputs: Outputs) -> None:

@@ -67,6 +67,8 @@ inline void reduce_add_4(float* target, int stride, const float (&x)[4]) {
   for (int i = 0; i < 4; ++i) target[i * stride] += x[i];
 }
 
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+
 inline float exp2_approx(float x) { return exp2f(x); }
 
 inline void store_shared(uint32_t smem, int offset, uint32_t value) { std::memcpy(emulator::shared_memory + smem + offset, &value, 4); }

@@ -38,6 +38,8 @@ struct Problem {
   // Variants "toeplitz": float32 by diagonals, (b0, b1, h, i + j - 1), the pointer at entry i - 1, strides -1 and 1.
   int64_t bias_b0, bias_b1, bias_head, bias_query, bias_key;
   bool bias_is_float32;  // else the dtype of q
+  void* packed_bias;     // workspace of a bias that many rows share (sm80/packed_bias.cuh), or nullptr
+  bool pair_kernels;     // the call is one for the kernels of sm80/pair_*.cuh, and packed_bias is given
 
   const float* scale;  // (h,) on the device: learned; nullptr: scale_value holds
   float scale_value;

@@ -184,6 +184,21 @@ void set_bias(fcsa::Problem& p, const OptionalTensor& bias, const Tensor& q, con
   p.bias_key = broadcast_stride(*bias, 4);
 }
 
+// Fragments of 32 x 16 values for every bias that there is (sm80/packed_bias.cuh).
+void set_packed_bias(fcsa::Problem& p, const OptionalTensor& packed, bool pair_kernels) {
+  if (!packed.has_value()) return;
+  p.pair_kernels = pair_kernels;
+  const int64_t rows = int64_t{(p.num_queries + 31) / 32} * 2, columns = int64_t{(p.num_keys + 31) / 32} * 2;
+  const int64_t fragments = rows * columns / 2;  // either of queries and keys may be the rows
+  int64_t matrices = p.bias_head == 0 ? 1 : p.heads;
+  if (p.bias_b0 != 0) matrices *= p.b0;
+  if (p.bias_b1 != 0) matrices *= p.b1;
+  const int64_t bytes = matrices * fragments * 512 * (p.bias_is_float32 ? 4 : 2);
+  if (p.bias == nullptr || packed->numel() * static_cast<int64_t>(packed->element_size()) < bytes)
+    fail("packed_bias", std::to_string(bytes) + " bytes, and a bias", shape_of(*packed));
+  p.packed_bias = packed->data_ptr();
+}
+
 void set_bias_gradient(fcsa::BackwardParams& p, const OptionalTensor& dbias, const OptionalTensor& bias,
                        const Tensor& q) {
   if (!dbias.has_value()) return;
@@ -254,7 +269,8 @@ void launch(int64_t address, const Params& params, const Tensor& q, const char* 
 void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
                     OptionalTensor scale, double scale_value, double bound, int64_t groups, bool causal, bool l2norm_qk,
                     bool toeplitz, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm, OptionalTensor q_unit,
-                    OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor next_item) {
+                    OptionalTensor k_unit, OptionalTensor v_split, OptionalTensor v_largest, OptionalTensor next_item,
+                    OptionalTensor packed_bias, bool pair_kernels) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::ForwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
@@ -266,6 +282,7 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
   p.v_split = unit_data("v_split", v_split, q, {s.b0, s.b1, s.kv_heads, s.keys, s.head_dim});
   p.v_largest = float_data("v_largest", v_largest, q, {s.b0, s.b1, s.kv_heads});
   p.next_item = reinterpret_cast<uint32_t*>(float_data("next_item", next_item, q, {1}));
+  set_packed_bias(p, packed_bias, pair_kernels);
   launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
 }
 
@@ -338,7 +355,8 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
                      OptionalTensor dscale_rows, Tensor query_rows, OptionalTensor dq_accum,
                      OptionalTensor dq_progress, OptionalTensor q_unit, OptionalTensor k_unit, OptionalTensor v_split,
                      OptionalTensor v_largest, OptionalTensor dout_split, OptionalTensor dout_largest,
-                     OptionalTensor dbias_parts, bool deterministic) {
+                     OptionalTensor dbias_parts, OptionalTensor packed_bias, bool pair_kernels,
+                     bool deterministic) {
   const Sizes s = sizes_of(q, k, groups);
   fcsa::BackwardParams p{};
   set_problem(p, q, k, v, mask, bias, scale, q_unit, k_unit, {scale_value, groups, causal, l2norm_qk, toeplitz}, s);
@@ -367,6 +385,7 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
   p.dout_largest = float_data("dout_largest", dout_largest, q, {2, s.b0, s.b1, s.kv_heads});
   p.dbias_parts_size = dbias_parts.has_value() ? dbias_parts->numel() : 0;
   p.dbias_parts = float_data("dbias_parts", dbias_parts, q, {p.dbias_parts_size});
+  set_packed_bias(p, packed_bias, pair_kernels);
   p.deterministic = deterministic;
   launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
 }
@@ -378,7 +397,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "launch_forward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, float bound, int groups, bool causal, bool l2norm_qk, bool toeplitz, "
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
-      "Tensor(h!)? v_largest, Tensor(i!)? next_item) -> ()");
+      "Tensor(h!)? v_largest, Tensor(i!)? next_item, Tensor(j!)? packed_bias, bool pair_kernels) -> ()");
   m.def(
       "plain_forward(int launcher, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, bool counts_items) "
       "-> (Tensor out, Tensor lse, Tensor q_rnorm, Tensor k_rnorm)");
@@ -388,7 +407,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor lse, Tensor? q_rnorm, Tensor? k_rnorm, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias, "
       "Tensor(e!)? dscale_rows, Tensor(f!) query_rows, Tensor(g!)? dq_accum, Tensor(h!)? dq_progress, "
       "Tensor(i!)? q_unit, Tensor(j!)? k_unit, Tensor(k!)? v_split, Tensor(l!)? v_largest, Tensor(m!)? dout_split, "
-      "Tensor(n!)? dout_largest, Tensor(o!)? dbias_parts, bool deterministic) -> ()");
+      "Tensor(n!)? dout_largest, Tensor(o!)? dbias_parts, Tensor(p!)? packed_bias, "
+      "bool pair_kernels, bool deterministic) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {

@@ -13,6 +13,7 @@
 #include "backward_ddiagonals.cuh"
 #include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
+#include "pair_backward.cuh"
 
 namespace fcsa::sm80 {
 
@@ -66,8 +67,23 @@ cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream)
 template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
+  cudaError_t error = cudaSuccess;
+  if constexpr (Traits::kHasBias && !Traits::kToeplitz) {
+    if (p.dk != nullptr || p.dv != nullptr || p.dq_accum != nullptr || p.pair_kernels) {
+      error = launch_pack_bias<typename Traits::Element, true>(p, stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  if constexpr (Traits::kHasBias && Traits::kHeadDim == pair::kHeadDim && !Traits::kFloat && !Traits::kToeplitz) {
+    if (p.pair_kernels) {
+      using Element = typename Traits::Element;
+      error =
+          p.bias_is_float32 ? launch_backward_pair<Element, float>(p, stream) : launch_backward_pair<Element, Element>(p, stream);
+      return error != cudaSuccess || p.dbias == nullptr ? error : launch_dbias<Traits>(p, stream);
+    }
+  }
   static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory);
-  cudaError_t error = backward::launch_prologue<Traits>(p, stream);
+  error = backward::launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   if (p.dk != nullptr || p.dv != nullptr || p.dq_accum != nullptr) {
     error = launch_dkdv_for_device<Traits>(p, stream);

@@ -32,37 +32,89 @@ struct DbiasStorage {
   };
 };
 
+// Where a thread's share of a step's operands lies: these addresses are carried from sharer to sharer, since to compute
+// them anew would take as many instructions as the step itself.
+template <class Config>
+struct DbiasSources {
+  using Operand = typename Config::Operand;
+  using Tile = typename DbiasStorage<Config>::QueryTile;
+  static constexpr int kChunks = Tile::kChunksPerPanelRow, kRowStep = Config::kThreads / kChunks;
+  Rows<Operand> q, dout, k, v;
+  const float4* query_row;
+  const float* k_rnorm;
+  const uint8_t* mask;  // of the block's first key
+
+  __device__ __forceinline__ DbiasSources(const BackwardParams& p, const DbiasStep& step) {
+    const int query0 = step.head.tile * Config::kQueries, key0 = step.key_block * Config::kKeys;
+    const int own_row = threadIdx.x / kChunks, own_column = threadIdx.x % kChunks * 8;
+    const TileIndex kv_head = kv_head_of(p, step.head);
+    q = query_operand<Config>(p, step.head).from(query0 + own_row), q.base += own_column;
+    dout = dout_operand<Config>(p, step.head).from(query0 + own_row), dout.base += own_column;
+    k = key_operand<Config>(p, kv_head).from(key0 + own_row), k.base += own_column;
+    v = value_operand<Config>(p, kv_head).from(key0 + own_row), v.base += own_column;
+    query_row = p.query_rows + step.head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0 + threadIdx.x;
+    k_rnorm = p.k_rnorm + kv_head.first_row(p.b1, p.kv_heads, p.num_keys) + key0 + threadIdx.x;
+    mask = mask_row(p, kv_head);
+    if (mask != nullptr) mask += key0 * p.mask_key;
+  }
+
+  __device__ __forceinline__ void advance(const DbiasRowStep& step) {
+    q.base += step.q, k.base += step.k, v.base += step.v, dout.base += step.dout;
+    query_row += step.query_row, k_rnorm += step.k_rnorm, mask += step.mask;
+  }
+};
+
+// kRows rows of each plane, from a thread's own first row and column on; those from num_rows on become zero.
+template <class Config, int kRows, class Tile>
+__device__ __forceinline__ void copy_own_rows_async(const Tile& tile, const Rows<typename Tile::Element>& from,
+                                                    int num_rows, int num_cols, const uint8_t* mask = nullptr,
+                                                    int64_t mask_step = 0) {
+  using Sources = DbiasSources<Config>;
+  static_assert(Sources::kRowStep % 8 == 0, "the swizzle of a thread's rows is one constant");
+  const int own_row = threadIdx.x / Sources::kChunks, own_column = threadIdx.x % Sources::kChunks * 8;
+  const uint32_t target = tile.chunk_address(own_row, own_column / 8);
+  const typename Tile::Element* source = from.base;
+#pragma unroll
+  for (int row = 0; row < kRows; row += Sources::kRowStep) {
+    if (kRows % Sources::kRowStep != 0 && own_row + row >= kRows) break;
+    bool valid = own_row + row < num_rows;
+    if (valid && mask != nullptr) valid = mask[(own_row + row) * mask_step] != 0;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kCols / Tile::kPanelCols; ++panel) {
+#pragma unroll
+      for (int plane = 0; plane < Config::kPlanes; ++plane) {
+        const int offset = (panel * Tile::kRows + plane * kRows + row) * Tile::kPanelCols * 2;
+        ptx::cp_async_16(target + offset, source + plane * from.plane + panel * Tile::kPanelCols,
+                         valid && panel * Tile::kPanelCols + own_column < num_cols);
+      }
+    }
+    source += Sources::kRowStep * from.stride;
+  }
+}
+
 // The operands of one step, with cp.async (not committed).
 template <class Config>
 __device__ __forceinline__ void load_step(typename DbiasStorage<Config>::Stage& smem, const BackwardParams& p,
-                                          const DbiasStep& step) {
-  constexpr int kThreads = Config::kThreads, kPlanes = Config::kPlanes, kKeys = Config::kKeys;
-  const int query0 = step.head.tile * Config::kQueries, key0 = step.key_block * kKeys;
-  const int num_queries = p.num_queries - query0, num_keys = p.num_keys - key0;
-  const TileIndex kv_head = kv_head_of(p, step.head);
-  copy_rows_async<kThreads, kPlanes>(smem.q, query_operand<Config>(p, step.head).from(query0), num_queries, p.head_dim);
-  copy_rows_async<kThreads, kPlanes>(smem.dout, dout_operand<Config>(p, step.head).from(query0), num_queries,
-                                     p.head_dim);
-  const int64_t row = step.head.first_row(p.b1, p.heads, padded_queries(p.num_queries)) + query0;
-  copy_query_rows_async(smem.query_rows, p.query_rows + row);
-
-  const uint8_t* mask = mask_row(p, kv_head);
-  if (mask != nullptr) mask += key0 * p.mask_key;
-  copy_rows_async<kThreads, kPlanes>(smem.k, key_operand<Config>(p, kv_head).from(key0), num_keys, p.head_dim, mask,
-                                     p.mask_key);
-  copy_rows_async<kThreads, kPlanes>(smem.v, value_operand<Config>(p, kv_head).from(key0), num_keys, p.head_dim, mask,
-                                     p.mask_key);
+                                          const DbiasSources<Config>& from, const DbiasStep& step) {
+  constexpr int kKeys = Config::kKeys;
+  const int num_queries = p.num_queries - step.head.tile * Config::kQueries;
+  const int num_keys = p.num_keys - step.key_block * kKeys;
+  copy_own_rows_async<Config, Config::kQueries>(smem.q, from.q, num_queries, p.head_dim);
+  copy_own_rows_async<Config, Config::kQueries>(smem.dout, from.dout, num_queries, p.head_dim);
+  if (threadIdx.x < Config::kQueries) ptx::cp_async_16(ptx::smem_address(&smem.query_rows[threadIdx.x]), from.query_row, true);
+  const uint8_t* mask = p.mask == nullptr ? nullptr : from.mask;
+  copy_own_rows_async<Config, kKeys>(smem.k, from.k, num_keys, p.head_dim, mask, p.mask_key);
+  copy_own_rows_async<Config, kKeys>(smem.v, from.v, num_keys, p.head_dim, mask, p.mask_key);
   if (threadIdx.x >= kKeys) return;  // whole warps
   const int key = threadIdx.x;
   const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
   const uint32_t bits = __ballot_sync(0xffffffffu, visible);
   if (key % 32 == 0) smem.visible[key / 32] = bits;
   const bool folded = Config::kFoldsNorm && norm_is_folded<Config>(p);
-  const int64_t key_row = kv_head.first_row(p.b1, p.kv_heads, p.num_keys) + key0 + key;
-  if (folded && !Config::kExactCopies) {
-    ptx::cp_async_4(ptx::smem_address(&smem.key_factor[key]), visible ? p.k_rnorm + key_row : p.k_rnorm, visible);
+  if (folded && (!Config::kExactCopies || p.q_unit == nullptr)) {
+    ptx::cp_async_4(ptx::smem_address(&smem.key_factor[key]), visible ? from.k_rnorm : p.k_rnorm, visible);
   } else {
-    smem.key_factor[key] = !visible ? 0.0f : folded ? folded_factor<Config>(p.k_rnorm[key_row]) : 1.0f;
+    smem.key_factor[key] = !visible ? 0.0f : folded ? folded_factor<Config>(*from.k_rnorm) : 1.0f;
   }
 }
 
@@ -88,19 +140,9 @@ class DbiasWarp {
 
   // The bias is the same for all that share the tile.
   __device__ __forceinline__ void start(const BackwardParams& p, const DbiasStep& owner) {
-    const BiasReader<Config> reader(p, owner.head);
-    const int query0 = owner.head.tile * Config::kQueries, key0 = owner.key_block * Config::kKeys;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          sum_[m][n][r] = 0.0f;
-          bias_[m][n][r] = reader(query0 + row_of(m, r / 2), key0 + column_of(n, r % 2));
-        }
-      }
-    }
+    set_zero(sum_);
+    if (p.bias_is_float32) return load_bias<float, float2>(p, owner);
+    if constexpr (!Config::kFloat) load_bias<typename Config::Element, uint32_t>(p, owner);
   }
 
   __device__ __forceinline__ void add(const Stage& smem, const BackwardParams& p, const DbiasStep& step) {
@@ -154,6 +196,45 @@ class DbiasWarp {
   }
 
  private:
+  // Without a branch, so that all loads are under way together. Beyond the last query or key others are read, whose P is 0.
+  template <class Value, class Pair>
+  __device__ __forceinline__ void load_bias(const BackwardParams& p, const DbiasStep& owner) {
+    const int64_t offset = owner.head.b0 * p.bias_b0 + owner.head.b1 * p.bias_b1 + owner.head.head * p.bias_head;
+    const Value* base = static_cast<const Value*>(p.bias) + offset;
+    const int query0 = owner.head.tile * Config::kQueries, key0 = owner.key_block * Config::kKeys;
+    const bool paired = p.bias_key == 1 && p.bias_query % 2 == 0 && p.num_keys % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(base) % sizeof(Pair) == 0;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Value* row = base + min(query0 + row_of(m, half), p.num_queries - 1) * p.bias_query;
+        if (paired) {
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+            const Pair pair = *reinterpret_cast<const Pair*>(row + min(key0 + column_of(n, 0), p.num_keys - 2));
+            float2 values;
+            if constexpr (sizeof(Value) == 4) {
+              values = pair;
+            } else {
+              values = unpack<Value>(pair);
+            }
+            bias_[m][n][2 * half] = values.x * kLog2e, bias_[m][n][2 * half + 1] = values.y * kLog2e;
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int key = min(key0 + column_of(n, c), p.num_keys - 1);
+              bias_[m][n][2 * half + c] = to_float(row[key * p.bias_key]) * kLog2e;
+            }
+          }
+        }
+      }
+    }
+  }
+
   struct Rows {
     float score[kM][2], shift[kM][2], delta[kM][2];
   };
@@ -174,7 +255,7 @@ class DbiasWarp {
         rows.score[m][half] = row.score;
         rows.shift[m][half] = row.shift;
         if constexpr (Config::kFloat) rows.shift[m][half] += log2f(row.gradient * factor);
-        rows.delta[m][half] = row.gradient != 0.0f ? row.offset / row.gradient : 0.0f;
+        rows.delta[m][half] = row.gradient != 0.0f ? row.offset * ptx::reciprocal_approx(row.gradient) : 0.0f;
       }
     }
     return rows;
@@ -296,20 +377,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   DbiasWarp<Config> warp;
   warp.start(p, owner.sharer(0));
 
-  int next = owner.next_visible(p, first, end);
-  if (next < end) load_step<Config>(storage.stage[0], p, owner.sharer(next));
+  DbiasStep next = owner.sharer(first);
+  owner.skip_hidden(p, next, end);
+  DbiasSources<Config> from(p, next);
+  if (next.index < end) load_step<Config>(storage.stage[0], p, from, next);
   ptx::cp_async_commit();
 #pragma unroll 1
-  for (int stage = 0; next < end; stage = (stage + 1) % kStages) {
-    const DbiasStep step = owner.sharer(next);
-    next = owner.next_visible(p, next + 1, end);
+  for (int stage = 0; next.index < end; stage = (stage + 1) % kStages) {
+    const DbiasStep step = next;
+    if (parts.row.is_linear) {
+      ++next.index, next.head.b0 += parts.row.b0, next.head.b1 += parts.row.b1;
+      from.advance(parts.row);
+    } else {
+      owner.advance(next);
+      owner.skip_hidden(p, next, end);
+      from = DbiasSources<Config>(p, next);
+    }
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's operands are there; nobody reads those of the step before
-    if (kStages == 2 && next < end) load_step<Config>(storage.stage[(stage + 1) % kStages], p, owner.sharer(next));
+    if (kStages == 2 && next.index < end) load_step<Config>(storage.stage[(stage + 1) % kStages], p, from, next);
     warp.add(storage.stage[stage], p, step);
     if constexpr (kStages == 1) {
       __syncthreads();  // nobody reads these operands any more
-      if (next < end) load_step<Config>(storage.stage[0], p, owner.sharer(next));
+      if (next.index < end) load_step<Config>(storage.stage[0], p, from, next);
     }
     ptx::cp_async_commit();
   }

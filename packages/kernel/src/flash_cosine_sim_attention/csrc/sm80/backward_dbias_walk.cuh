@@ -43,9 +43,11 @@ struct Range {
   }
 };
 
+// A sharer: what one step of the walk adds to the tile.
 struct DbiasStep {
   TileIndex head;  // tile: query block
   int key_block;
+  int index;       // among the sharers
 };
 
 template <class Config>
@@ -65,6 +67,7 @@ struct DbiasOwner {
 
   __device__ __forceinline__ DbiasStep sharer(int index) const {
     DbiasStep step;
+    step.index = index;
     step.key_block = key_blocks.at(index);
     step.head.tile = q_blocks.at(index);
     step.head.head = heads.at(index);
@@ -73,15 +76,26 @@ struct DbiasOwner {
     return step;
   }
 
-  // The first sharer from `index` on that the causal mask does not hide as a whole; `end` or more: none.
-  __device__ __forceinline__ int next_visible(const BackwardParams& p, int index, int end) const {
-    if (!p.causal) return index;
-    for (; index < end; ++index) {
-      const DbiasStep step = sharer(index);
+  // The next sharer, without a division.
+  __device__ __forceinline__ void advance(DbiasStep& step) const {
+    ++step.index;
+    if (next_of(key_blocks, step.key_block) || next_of(q_blocks, step.head.tile) || next_of(heads, step.head.head)) return;
+    if (!next_of(b1, step.head.b1)) next_of(b0, step.head.b0);
+  }
+
+  // To the first sharer from `step` on that the causal mask does not hide as a whole; one of index `end`: there is none.
+  __device__ __forceinline__ void skip_hidden(const BackwardParams& p, DbiasStep& step, int end) const {
+    if (!p.causal) return;
+    for (; step.index < end; advance(step)) {
       const int last_query = min((step.head.tile + 1) * Config::kQueries, p.num_queries) - 1;
       if (step.key_block * Config::kKeys <= last_query + p.num_keys - p.num_queries) break;
     }
-    return index;
+  }
+
+  static __device__ __forceinline__ bool next_of(const Range& range, int& index) {
+    if (++index < range.first + range.count) return true;
+    index = range.first;
+    return false;
   }
 
   __device__ __forceinline__ int64_t offset(const BackwardParams& p) const {  // of the tile's first element
@@ -100,9 +114,37 @@ __device__ __forceinline__ void store_dbias(const BackwardParams& p, int64_t off
   }
 }
 
+// From one sharer to the next where they are the rows of one batch dim: elements from row to row of every operand.
+struct DbiasRowStep {
+  bool is_linear;  // they are
+  int b0, b1;      // 1 for the dim that is walked along
+  int64_t q, k, v, dout, query_row, k_rnorm, mask;
+};
+
+template <class Config>
+DbiasRowStep dbias_row_step(const BackwardParams& p) {
+  const bool sums_b0 = p.dbias_b0 == 0 && p.b0 > 1, sums_b1 = p.dbias_b1 == 0 && p.b1 > 1;
+  const bool sums_tiles = (p.dbias_key == 0 && p.num_keys > Config::kKeys) || (p.dbias_head == 0 && p.heads > 1) ||
+                          (p.dbias_query == 0 && p.num_queries > Config::kQueries);
+  DbiasRowStep step = {};
+  if (p.causal || sums_tiles || sums_b0 == sums_b1) return step;
+  const int64_t rows = sums_b0 ? p.b1 : 1, queries = rows * p.heads * p.num_queries, keys = rows * p.kv_heads * p.num_keys;
+  const int64_t columns = Config::kPlanes * p.head_dim;
+  const auto stride = [=](const Strides& strides) { return sums_b0 ? strides.b0 : strides.b1; };
+  step.is_linear = true, step.b0 = sums_b0, step.b1 = sums_b1;
+  step.q = p.q_unit == nullptr ? stride(p.q_strides) : queries * columns;
+  step.k = p.k_unit == nullptr ? stride(p.k_strides) : keys * columns;
+  step.v = Config::kFloat ? keys * columns : stride(p.v_strides);
+  step.dout = Config::kFloat ? queries * columns : stride(p.dout_strides);
+  step.query_row = rows * p.heads * padded_queries(p.num_queries), step.k_rnorm = keys;
+  step.mask = p.mask == nullptr ? 0 : sums_b0 ? p.mask_b0 : p.mask_b1;
+  return step;
+}
+
 // How the sharers of every tile are dealt out.
 struct DbiasParts {
   int tiles, count, sharers_a_part;
+  DbiasRowStep row;
 };
 
 // As many parts as make the walk of the busiest multiprocessor shortest, the adding up included; limited by the
@@ -116,7 +158,7 @@ DbiasParts dbias_parts(const BackwardParams& p, int multiprocessors) {
               {p.b0, p.dbias_b0}};
   int64_t tiles = 1, sharers = 1;
   for (const auto& dim : dims) (dim.stride == 0 ? sharers : tiles) *= dim.size;
-  if (sharers > INT32_MAX || tiles > INT32_MAX) return {0, 0, 0};
+  if (sharers > INT32_MAX || tiles > INT32_MAX) return {};
   const int64_t slots = static_cast<int64_t>(multiprocessors) * Config::kMinBlocks;
   int64_t best = 1;
   double best_cost = 0.0;
@@ -129,7 +171,8 @@ DbiasParts dbias_parts(const BackwardParams& p, int multiprocessors) {
     if (waves > 4) break;
   }
   const int64_t walk = (sharers + best - 1) / best;
-  return {static_cast<int>(tiles), static_cast<int>((sharers + walk - 1) / walk), static_cast<int>(walk)};
+  return {static_cast<int>(tiles), static_cast<int>((sharers + walk - 1) / walk), static_cast<int>(walk),
+          dbias_row_step<Config>(p)};
 }
 
 }  // namespace fcsa::sm80

@@ -168,6 +168,20 @@ struct ChunkBias {
   BiasReader<Config> reader;
   int query0, key0;  // of the chunk
   uint32_t tile;     // staged: address of this lane's row and 16-byte chunk of n8 tile 0
+  const char* packed;  // this lane's values of the fragment that the chunk begins with; nullptr: not packed
+  int last;            // of the chunk's fragments, the last that exists
+  // Of float32, whose values are read ahead.
+  float4 ahead[Config::kFloat ? Config::kKeyTiles : 1][Config::kFloat ? Config::kChunkQ / 8 : 1];
+
+  // The four of tile (m, n).
+  __device__ __forceinline__ float4 packed_values(int m, int n) const {
+    using Element = typename Config::Element;
+    const int index = min(n / 2, last) * kFragment + m * 8 + n % 2 * 4;
+    if (Config::kFloat || reader.is_float32) return *reinterpret_cast<const float4*>(packed + index * 4);
+    const uint2 pairs = *reinterpret_cast<const uint2*>(packed + index * 2);
+    const float2 low = unpack<typename Config::Operand>(pairs.x), high = unpack<typename Config::Operand>(pairs.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+  }
 
   // All of n8 tile n: x[m][half][c].
   __device__ __forceinline__ void read(float (&x)[Config::kKeyTiles][2][2], int n) const {
@@ -179,6 +193,13 @@ struct ChunkBias {
       for (int i = 0; i < 4; ++i) {
         const float2 pair = unpack<typename Config::Operand>(pairs[i]);
         x[i / 2][i % 2][0] = pair.x * kLog2e, x[i / 2][i % 2][1] = pair.y * kLog2e;
+      }
+    } else if (packed != nullptr) {
+#pragma unroll
+      for (int m = 0; m < Config::kKeyTiles; ++m) {
+        const float4 values = Config::kFloat ? ahead[m % (Config::kFloat ? Config::kKeyTiles : 1)][n] : packed_values(m, n);
+        x[m][0][0] = values.x * kLog2e, x[m][0][1] = values.y * kLog2e;
+        x[m][1][0] = values.z * kLog2e, x[m][1][1] = values.w * kLog2e;
       }
     } else {
       const int lane = threadIdx.x % 32;
@@ -224,10 +245,23 @@ template <class Config>
 __device__ __forceinline__ ChunkBias<Config> chunk_bias(const typename DkDvStorage<Config>::Loop& smem,
                                                         const BiasReader<Config>& reader, int query0, int key0, int row,
                                                         int first_key) {
-  ChunkBias<Config> bias = {reader, query0, key0, 0};
+  ChunkBias<Config> bias = {reader, query0, key0, 0, nullptr, 0};
   if constexpr (Config::kStagedBias) {
     const int lane = threadIdx.x % 32;
     bias.tile = smem.bias.chunk_address(row + lane % 8, first_key / 8 + lane / 8);
+  } else if (Config::kHasBias && reader.packed != nullptr) {
+    const int fragment = min(query0 / 16, reader.query_fragments - 1), key_fragment = min(key0 / 32, reader.key_fragments - 1);
+    const int64_t index = (static_cast<int64_t>(key_fragment) * reader.query_fragments + fragment) * kFragment +
+                          threadIdx.x % 32 * 16 + key0 / 16 % 2 * 8;
+    bias.packed = reader.packed + index * (reader.is_float32 ? 4 : 2);
+    bias.last = reader.query_fragments - 1 - fragment;
+    if constexpr (Config::kFloat) {
+#pragma unroll
+      for (int m = 0; m < Config::kKeyTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < Config::kChunkQ / 8; ++n) bias.ahead[m][n] = bias.packed_values(m, n);
+      }
+    }
   }
   return bias;
 }
@@ -426,9 +460,6 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
   float p[Config::kKeyTiles][kN][4], ds[Config::kKeyTiles][kN][4];
   uint32_t p_operand[kSteps][kOperandTiles][4], ds_operand[kSteps][kOperandTiles][4];
 
-  set_zero(p);
-  multiply_rows<Operand, kPlanes, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
-                                                    ChunksReader<QueryTile>(smem.q[stage], row, 0));
   const auto bias = [&] {
     if constexpr (Config::kToeplitz) {
       return toeplitz_chunk_bias<Config>(params, reader, query0 + row, key0);
@@ -436,6 +467,9 @@ __device__ __forceinline__ void accumulate_chunk(typename DkDvStorage<Config>::L
       return chunk_bias<Config>(smem, reader, query0 + row, key0, row, first_key);
     }
   }();
+  set_zero(p);
+  multiply_rows<Operand, kPlanes, Config::kHeadDim>(p, RowsReader<KeyTile>(smem.k, first_key, 0),
+                                                    ChunksReader<QueryTile>(smem.q[stage], row, 0));
   const auto exponentiate_part = [&](int i, int parts) {
     for_tiles<kN>(i, parts, [&](int n) { exponentiate<Config>(p, n, keys, rows, bias); });
   };

@@ -4,6 +4,7 @@
 #include "../common/backward_preprocess.cuh"
 #include "../common/mask.cuh"
 #include "backward_traits.cuh"
+#include "packed_bias.cuh"
 #include "tile_reader.cuh"
 
 namespace fcsa::sm80 {
@@ -239,12 +240,18 @@ struct BiasReader {
   int64_t query_stride, key_stride;
   int num_queries, num_keys;
   bool is_float32;
+  const char* packed;  // the fragments of this head, keys in rows; nullptr where there are none
+  int key_fragments, query_fragments;
 
   __device__ __forceinline__ BiasReader(const Problem& p, const TileIndex& index)
       : query_stride(p.bias_query), key_stride(p.bias_key), num_queries(p.num_queries), num_keys(p.num_keys),
         is_float32(p.bias_is_float32) {
     const int64_t offset = index.b0 * p.bias_b0 + index.b1 * p.bias_b1 + index.head * p.bias_head;
     base = static_cast<const char*>(p.bias) + offset * (is_float32 ? 4 : sizeof(Element));
+    const PackedBias fragments(p, true);
+    key_fragments = fragments.row_fragments, query_fragments = fragments.column_fragments;
+    packed = static_cast<const char*>(p.packed_bias);
+    if (packed != nullptr) packed += fragments.at(index, 0, 0, 0) * (is_float32 ? 4 : sizeof(Element));
   }
 
   __device__ __forceinline__ float operator()(int query, int key) const {

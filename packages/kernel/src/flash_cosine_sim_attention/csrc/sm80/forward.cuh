@@ -3,6 +3,7 @@
 
 #include "../common/launch.cuh"
 #include "forward_kernel.cuh"
+#include "pair_forward.cuh"
 
 namespace fcsa::sm80 {
 
@@ -74,9 +75,30 @@ cudaError_t launch_with_bias(const ForwardParams& p, cudaStream_t stream) {
   }
 }
 
+template <class Element, class BiasValue>
+cudaError_t launch_forward_pair(const ForwardParams& p, cudaStream_t stream) {
+  const pair::Rows rows = pair::rows_of(p);
+  // The queries of a row in one block where they fit: the fewer blocks share a row, the less often its keys are normalised.
+  if (p.num_queries <= 128)
+    return launch_forward_pair_kernel<pair::ForwardPairConfig<Element, BiasValue, 4>>(p, rows, stream);
+  if (p.num_queries > 256 && p.num_queries <= 384)
+    return launch_forward_pair_kernel<pair::ForwardPairConfig<Element, BiasValue, 12>>(p, rows, stream);
+  return launch_forward_pair_kernel<pair::ForwardPairConfig<Element, BiasValue, 8>>(p, rows, stream);
+}
+
 template <class Traits>
 cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (p.head_dim > Traits::kHeadDim || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
+  using Element = typename Traits::Element;
+  if constexpr (Traits::kSoftmax == Softmax::kRunningMax && !Traits::kToeplitz) {
+    if (cudaError_t error = launch_pack_bias<Element, false>(p, stream); error != cudaSuccess) return error;
+  }
+  if constexpr (Traits::kHeadDim == pair::kHeadDim && !Traits::kFloat && !Traits::kToeplitz &&
+                Traits::kSoftmax == Softmax::kRunningMax) {
+    if (p.pair_kernels) {
+      return p.bias_is_float32 ? launch_forward_pair<Element, float>(p, stream) : launch_forward_pair<Element, Element>(p, stream);
+    }
+  }
   if (p.bias != nullptr && Traits::kSoftmax == Softmax::kBounded) return cudaErrorInvalidValue;
   cudaError_t error = cudaSuccess;
   if constexpr (Traits::kFloat) {

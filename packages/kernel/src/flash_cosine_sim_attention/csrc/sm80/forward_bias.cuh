@@ -7,6 +7,7 @@
 #include "../common/softmax.cuh"
 #include "../common/tile_index.cuh"
 #include "../common/vectorized.cuh"
+#include "packed_bias.cuh"
 
 namespace fcsa::sm80 {
 
@@ -30,6 +31,7 @@ class BiasChunk {
  public:
   // first_row: this thread's first query, the others are 8 and 16 further; first_key: this thread's first key.
   __device__ __forceinline__ void load(const Problem& p, const TileIndex& index, int first_row, int first_key) {
+    if (p.packed_bias != nullptr) return load_packed(p, index, first_row, first_key);
     const Value* bias = static_cast<const Value*>(p.bias) + index.b0 * p.bias_b0 + index.b1 * p.bias_b1 +
                         index.head * p.bias_head + first_key * p.bias_key;
     // Pairs in one access where all of them lie on pair boundaries; first_key is even.
@@ -55,6 +57,26 @@ class BiasChunk {
                                       key + 1 < p.num_keys ? source[(n * 8 + 1) * p.bias_key] : zero);
           }
         }
+      }
+    }
+  }
+
+  // From fragments of 32 queries x 16 keys; of those that do not exist any other, since their keys or queries do not either.
+  __device__ __forceinline__ void load_packed(const Problem& p, const TileIndex& index, int first_row, int first_key) {
+    struct alignas(2 * sizeof(Pair)) Pairs {
+      Pair halves[2];
+    };
+    const PackedBias packed(p, false);
+    const int lane = threadIdx.x % 32, row = first_row - lane / 4, column_fragment = (first_key - lane % 4 * 2) / 16;
+#pragma unroll
+    for (int m = 0; m < Config::kRowTiles; ++m) {
+      const int m16 = row / 16 + m, row_fragment = min(m16 / 2, packed.row_fragments - 1);
+#pragma unroll
+      for (int n = 0; n < Config::kScoreTiles; ++n) {
+        const int column = min(column_fragment + n / 2, packed.column_fragments - 1);
+        const Value* source = static_cast<const Value*>(p.packed_bias) + packed.at(index, row_fragment, column, lane);
+        const Pairs pairs = *reinterpret_cast<const Pairs*>(source + m16 % 2 * 8 + n % 2 * 4);
+        pairs_[m][n][0] = pairs.halves[0], pairs_[m][n][1] = pairs.halves[1];
       }
     }
   }

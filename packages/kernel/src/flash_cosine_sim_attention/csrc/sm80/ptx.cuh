@@ -101,4 +101,10 @@ __device__ __forceinline__ float exp2_approx(float x) {  // 2^x, relative error 
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {  // 1 / x, relative error 2^-23
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fcsa::sm80::ptx
