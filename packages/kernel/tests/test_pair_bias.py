@@ -143,7 +143,9 @@ def emulated(tmp_path_factory, tools_with_binding):
 
 class TestEmulated:
     @pytest.fixture(autouse=True)
-    def _kernels_on_the_cpu(self, emulated, serve_on_the_cpu):
+    def _kernels_on_the_cpu(self, emulated, serve_on_the_cpu, monkeypatch):
+        monkeypatch.setattr(bias_plan, "MIN_SHARERS_GENERAL", 4)  # repacked for few rows too
+
         def address(variant: Variant, *_) -> int:
             return launchers.exported(emulated, variant.name)
 
