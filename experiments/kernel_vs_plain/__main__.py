@@ -24,8 +24,13 @@ Curves = dict[int, list[float]]  # seed -> held-out bits per byte at each valida
 def report(question: Question, content: dict[str, Any], out: Path) -> str:
     results = finals(content)
     half = [arm for arm in question.arms if "fp32" not in arm]
-    plot_curves(out / "loss.png", content, half, reference="kernel")
-    plot_curves(out / "loss-fp32.png", content, [*sorted(set(question.arms) - set(half))], reference="kernel fp32")
+    plot_curves(out / f"loss{content['suffix']}.png", content, half, reference="kernel")
+    plot_curves(
+        out / f"loss-fp32{content['suffix']}.png",
+        content,
+        [*sorted(set(question.arms) - set(half))],
+        reference="kernel fp32",
+    )
     tables = (
         arm_table(results, list(question.arms)),
         pair_table(results, question.compare),

@@ -18,8 +18,9 @@ from ..shared.question import Question, main
 
 def report(question: Question, content: dict[str, Any], out: Path) -> str:
     results = finals(content)
-    plot_curves(out / "loss.png", content, list(question.arms), reference="pre regular")
-    plot_rates(out / "rates.png", question, results)
+    plot_curves(out / f"loss{content['suffix']}.png", content, list(question.arms), reference="pre regular")
+    if len({rate for rates in results.values() for rate in rates}) > 1:
+        plot_rates(out / f"rates{content['suffix']}.png", question, results)
     return f"{arm_table(results, list(question.arms))}\n\n{pair_table(results, question.compare)}\n"
 
 

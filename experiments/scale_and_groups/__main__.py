@@ -18,8 +18,8 @@ from ..shared.question import Question, main
 
 def report(question: Question, content: dict[str, Any], out: Path) -> str:
     results = finals(content)
-    plot_curves(out / "loss.png", content, list(question.arms), reference="regular")
-    plot_bound(out / "bound.png", question, results)
+    plot_curves(out / f"loss{content['suffix']}.png", content, list(question.arms), reference="regular")
+    plot_bound(out / f"bound{content['suffix']}.png", question, results)
     return f"{arm_table(results, list(question.arms))}\n\n{pair_table(results, question.compare)}\n{_scales(content)}"
 
 

@@ -17,6 +17,18 @@ Seeds = dict[int, float]  # seed -> bits per byte; nan for a run that diverged
 Finals = dict[str, dict[float, Seeds]]  # arm -> learning rate -> seeds
 
 
+def described(content: Mapping[str, Any]) -> str:
+    """What all runs of a results file have in common."""
+    base, place = content["base"], content["environment"]
+    sizes = sorted({run["parameters"] for run in content["runs"]})
+    kind = "decoder.py, seeds as one" if base["model"] == "ensemble" else "x-transformers"
+    return (
+        f"{content['corpus']['name']}, {kind}: {base['depth']} layers of width {base['dim']}, {base['heads']} heads, "
+        f"{sizes[0]:,} parameters; {base['steps']} steps of {base['batch_size']} x {base['seq_len']} bytes, "
+        f"{base['dtype']}, {place['gpu'] or place['machine'] + ' CPU'}, PyTorch {place['torch']}"
+    )
+
+
 def finals(content: Mapping[str, Any]) -> Finals:
     """Held-out bits per byte at the last step of every run."""
     found: Finals = {}

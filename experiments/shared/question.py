@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .answer import described
 from .config import Arm, RunConfig, add_flags, given, usage_errors, with_arm
 from .data import load_corpus
 from .environment import environment
@@ -73,15 +74,22 @@ def main(folder: Path, report: Report, arguments: Sequence[str] | None = None) -
     parser = _parser(question)
     options = parser.parse_args(arguments)
     if options.report:
-        print(report(question, read_runs([folder / "results.json"]), folder))
+        for path in sorted(folder.glob("results*.json")):
+            print(report_of(question, [path], report, folder, path.stem.removeprefix("results")))
         return 0
     with usage_errors(parser):
         finished = _train(question, options)
     if not finished:
         print(f"Stopped; saved in {options.out}. The same command goes on.")
         return INTERRUPTED
-    print(report(question, read_runs(sorted(options.out.glob("results*.json"))), options.out))
+    print(report_of(question, sorted(options.out.glob("results*.json")), report, options.out))
     return 0
+
+
+def report_of(question: Question, paths: list[Path], report: Report, out: Path, suffix: str = "") -> str:
+    """Markdown of the runs in `paths`; plots go to `out`, `suffix` at the end of their names."""
+    content = {**read_runs(paths), "suffix": suffix}
+    return f"{described(content)}\n\n{report(question, content, out)}"
 
 
 def _train(question: Question, options: argparse.Namespace) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from experiments.shared.answer import best_rate, finals, interval, paired
 from experiments.shared.config import RunConfig
 from experiments.shared.interrupt import INTERRUPTED
-from experiments.shared.question import Question, load_question, main
+from experiments.shared.question import Question, load_question, main, report_of
 
 EXPERIMENTS = Path(__file__).parents[1]
 QUESTIONS = sorted(path.parent for path in EXPERIMENTS.glob("*/arms.toml"))
@@ -98,13 +98,21 @@ def test_results_of_another_base_are_refused(tiny_flags: list[str], capsys: pyte
 
 @names
 def test_the_results_in_git_are_of_these_arms(folder: Path):
-    if not (folder / "results.json").exists():
-        pytest.skip("no results yet")
-    content, question = json.loads((folder / "results.json").read_text()), load_question(folder)
-    assert set(finals(content)) <= set(question.arms)
-    for run in content["runs"]:
-        assert run.get("stock_calls", 0) == 0
-        assert (run.get("val_bpb") is None) == ("diverged_at" in run)
+    for path in folder.glob("results*.json"):
+        content, question = json.loads(path.read_text()), load_question(folder)
+        assert set(finals(content)) <= set(question.arms)
+        for run in content["runs"]:
+            assert run.get("stock_calls", 0) == 0
+            assert (run.get("val_bpb") is None) == ("diverged_at" in run)
+            mine = {**content["base"], **run["config"]}
+            assert all(mine[name] == value for name, value in question.arms[run["arm"]].items())
+
+
+@names
+def test_report_of_the_results_in_git(folder: Path, tmp_path: Path):
+    report = importlib.import_module(f"experiments.{folder.name}.__main__").report
+    for path in folder.glob("results*.json"):
+        assert report_of(load_question(folder), [path], report, tmp_path).count("|") > 20
 
 
 def test_intervals_and_pairs():
