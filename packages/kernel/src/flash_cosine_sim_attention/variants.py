@@ -82,7 +82,7 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm90_forward_d192_running_max": 128,
     "sm90_forward_d256_bounded": 256,
     "sm90_forward_d256_running_max": 256,
-    # Once a block of keys: sizes of the call that its loop keeps, and k of the projection (docs/decisions.md). In the loop
+    # Once a block of keys: sizes of the call that its loop keeps, k of the projection (docs/decisions.md). In the loop
     # over queries a handful of loads. The largest figure is of the kernel in order (d 64), and without dQ (d 128).
     "sm90_backward_d64_plain": 512,
     "sm90_backward_d128_plain": 768,
