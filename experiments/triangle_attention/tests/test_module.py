@@ -55,7 +55,7 @@ def by_loops(module: TriangleAttention, pair: Tensor, mask: Tensor, node: str) -
 
 
 @pytest.mark.parametrize("node", NODES)
-@pytest.mark.parametrize("attention", [*ATTENTIONS, sdpa_attention], ids=str)
+@pytest.mark.parametrize("attention", [*ATTENTIONS, sdpa_attention], ids=[*ATTENTIONS, "sdpa"])
 @pytest.mark.parametrize("pair_bias", [True, False])
 def test_equals_the_algorithm(node, attention, pair_bias):
     module = make_module(node, attention, pair_bias=pair_bias)
