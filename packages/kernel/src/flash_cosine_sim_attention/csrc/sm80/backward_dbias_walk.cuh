@@ -11,9 +11,9 @@ namespace fcsa::sm80 {
 template <class Traits, bool kSmall>
 struct DbiasConfig : Traits {
   static constexpr int kDepth = Traits::kPlanes * Traits::kHeadDim;
-  static constexpr int kQueries = kDepth <= 128 ? 128 : 64;
+  static constexpr int kQueries = kDepth <= 64 ? 128 : 64;
   static constexpr int kKeys = kDepth <= 32 ? 128 : kDepth <= 128 ? 64 : 32;
-  static constexpr int kM = kDepth <= 128 ? 2 : 1;
+  static constexpr int kM = kDepth <= 64 ? 2 : 1;  // beyond 64 twice the sums would spill 2 KB a thread
   static constexpr int kN = kDepth <= 128 ? 8 : 4;
   static constexpr int kStages = kDepth <= 32 || (kDepth <= 64 && !kSmall) ? 2 : 1;
   static constexpr bool kHoldRows = kDepth <= 32;  // operands of q and dout in registers
