@@ -1,4 +1,4 @@
-"""Ctrl-C, and the TERM signal that ends a lease: finish the step, save, leave cleanly."""
+"""Ctrl-C, and the TERM signal that ends a job: finish the step, save, leave cleanly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of an experiment as one small JSON file: what goes into git, what a later lease continues from."""
+"""The results of an experiment as one small JSON file: what goes into git, what a later run continues from."""
 
 from __future__ import annotations
 
