@@ -60,8 +60,8 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_forward_d128_toeplitz": 104,
     "sm80_forward_d256_toeplitz": 64,
     # The same, worst where a bias or a mask takes part, or in float32 and TF32; in multiples of 64. The kernels of the
-    # common call (bfloat16, no bias, head dim 64 or 128) spill nothing on sm_80. The bias gradient's tiles of 128 x 128 (d 32 in
-    # float32, d 64) spill most, and are faster than smaller ones all the same.
+    # common call (bfloat16, no bias, head dim 64 or 128) spill nothing on sm_80. The bias gradient's tiles of 128 x 128
+    # (d 32 in float32, d 64) spill most, and are faster than smaller ones all the same.
     "sm80_backward_d32_plain": 192,
     "sm80_backward_d32_bias": 1024,
     "sm80_backward_d64_plain": 192,
