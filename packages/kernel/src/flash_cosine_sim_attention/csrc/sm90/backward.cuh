@@ -15,20 +15,9 @@ template <class Traits>
 cudaError_t make_maps(BackwardMaps* maps, const BackwardParams& p) {
   using Element = typename Traits::Element;
   const int32_t q_sizes[5] = {p.b0, p.b1, p.heads, p.num_queries, p.head_dim};
-  const int32_t k_sizes[5] = {p.b0, p.b1, p.kv_heads, p.num_keys, p.head_dim};
-  const auto contiguous = [&](int64_t heads, int64_t rows) {
-    return Strides{p.b1 * heads * rows * p.head_dim, heads * rows * p.head_dim, rows * p.head_dim, p.head_dim};
-  };
-  const bool copies = p.q_unit != nullptr;
-  const Strides q_strides = copies ? contiguous(p.heads, p.num_queries) : p.q_strides;
-  const Strides k_strides = copies ? contiguous(p.kv_heads, p.num_keys) : p.k_strides;
-  cudaError_t error = make_tensor_map<Element>(&maps->q, copies ? p.q_unit : p.q, q_strides, q_sizes, Traits::kBlockQ);
+  const cudaError_t error = make_input_maps<Element>(maps, p, Traits::kBlockQ, Traits::kBlockK);
   if (error != cudaSuccess) return error;
-  error = make_tensor_map<Element>(&maps->dout, p.dout, p.dout_strides, q_sizes, Traits::kBlockQ);
-  if (error != cudaSuccess) return error;
-  error = make_tensor_map<Element>(&maps->k, copies ? p.k_unit : p.k, k_strides, k_sizes, Traits::kBlockK);
-  if (error != cudaSuccess) return error;
-  return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, Traits::kBlockK);
+  return make_tensor_map<Element>(&maps->dout, p.dout, p.dout_strides, q_sizes, Traits::kBlockQ);
 }
 
 // Whether persistent blocks of threads get equal shares (BlockWalk): causal, the blocks of keys of a head differ in length, and

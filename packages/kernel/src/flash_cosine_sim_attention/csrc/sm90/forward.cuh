@@ -11,24 +11,6 @@ namespace fcsa::sm90 {
 constexpr int64_t kSectionBytes = 32 << 20;
 
 template <class Traits>
-cudaError_t make_maps(ForwardMaps* maps, const ForwardParams& p) {
-  using Element = typename Traits::Element;
-  const int32_t q_sizes[5] = {p.b0, p.b1, p.heads, p.num_queries, p.head_dim};
-  const int32_t k_sizes[5] = {p.b0, p.b1, p.kv_heads, p.num_keys, p.head_dim};
-  const auto contiguous = [&](int64_t heads, int64_t rows) {
-    return Strides{p.b1 * heads * rows * p.head_dim, heads * rows * p.head_dim, rows * p.head_dim, p.head_dim};
-  };
-  const bool copies = p.q_unit != nullptr;
-  const Strides q_strides = copies ? contiguous(p.heads, p.num_queries) : p.q_strides;
-  const Strides k_strides = copies ? contiguous(p.kv_heads, p.num_keys) : p.k_strides;
-  cudaError_t error = make_tensor_map<Element>(&maps->q, copies ? p.q_unit : p.q, q_strides, q_sizes, Traits::kBlockM);
-  if (error != cudaSuccess) return error;
-  error = make_tensor_map<Element>(&maps->k, copies ? p.k_unit : p.k, k_strides, k_sizes, Traits::kBlockN);
-  if (error != cudaSuccess) return error;
-  return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, Traits::kBlockN);
-}
-
-template <class Traits>
 Schedule make_schedule(const ForwardParams& p) {
   Schedule schedule;
   schedule.num_blocks = ceil_div(p.num_queries, Traits::kBlockM);
@@ -59,7 +41,7 @@ cudaError_t launch_prologue(const ForwardParams& p, cudaStream_t stream) {
 template <class Traits>
 cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   ForwardMaps maps;
-  cudaError_t error = make_maps<Traits>(&maps, p);
+  cudaError_t error = make_input_maps<typename Traits::Element>(&maps, p, Traits::kBlockM, Traits::kBlockN);
   if (error != cudaSuccess) return error;
   const Schedule schedule = make_schedule<Traits>(p);
   if (schedule.num_items == 0) return cudaSuccess;

@@ -55,4 +55,22 @@ cudaError_t make_tensor_map(TensorMap* result, const void* data, const Strides& 
   return error == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// The maps of q, k and v: of their copies where there are, contiguous. q_rows, k_rows: of a tile of queries, of keys.
+template <class Element, class Maps>
+cudaError_t make_input_maps(Maps* maps, const Problem& p, int q_rows, int k_rows) {
+  const int32_t q_sizes[5] = {p.b0, p.b1, p.heads, p.num_queries, p.head_dim};
+  const int32_t k_sizes[5] = {p.b0, p.b1, p.kv_heads, p.num_keys, p.head_dim};
+  const auto contiguous = [&](int64_t heads, int64_t rows) {
+    return Strides{p.b1 * heads * rows * p.head_dim, heads * rows * p.head_dim, rows * p.head_dim, p.head_dim};
+  };
+  const bool copies = p.q_unit != nullptr;
+  const Strides q_strides = copies ? contiguous(p.heads, p.num_queries) : p.q_strides;
+  const Strides k_strides = copies ? contiguous(p.kv_heads, p.num_keys) : p.k_strides;
+  cudaError_t error = make_tensor_map<Element>(&maps->q, copies ? p.q_unit : p.q, q_strides, q_sizes, q_rows);
+  if (error != cudaSuccess) return error;
+  error = make_tensor_map<Element>(&maps->k, copies ? p.k_unit : p.k, k_strides, k_sizes, k_rows);
+  if (error != cudaSuccess) return error;
+  return make_tensor_map<Element>(&maps->v, p.v, p.v_strides, k_sizes, k_rows);
+}
+
 }  // namespace fcsa::sm90
