@@ -9,11 +9,11 @@ import ctypes
 
 import pytest
 import torch
-from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
+from flash_cosine_sim_attention import flash_cosine_sim_attention
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs
-from flash_cosine_sim_attention.variants import Variant, variant_for
+from flash_cosine_sim_attention.variants import variant_for
 
-from .emulator.build import build
+from .emulator.build import build, launchers_of
 
 EMULATED = [
     variant_for("sm80", pass_name, dtype, 64, feature)
@@ -33,10 +33,7 @@ def emulated(tmp_path_factory, tools_with_binding):
 def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
     """backend="sm80" serves CPU tensors, with workspaces that are NaN at first."""
 
-    def address(variant: Variant, *_) -> int:
-        return launchers.exported(emulated, variant.name)
-
-    serve_on_the_cpu(address)
+    serve_on_the_cpu(launchers_of(emulated))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_cosine_sim_attention import flash_cosine_sim_attention, launchers
+from flash_cosine_sim_attention import flash_cosine_sim_attention
 from flash_cosine_sim_attention.accuracy import assert_within_budget
 from flash_cosine_sim_attention.reference import plain_cosine_sim_attention
 from flash_cosine_sim_attention.testing import (
@@ -19,9 +19,9 @@ from flash_cosine_sim_attention.testing import (
     eager_cosine_sim_attention,
     make_inputs,
 )
-from flash_cosine_sim_attention.variants import Variant, variant_for
+from flash_cosine_sim_attention.variants import variant_for
 
-from .emulator.build import build
+from .emulator.build import build, launchers_of
 
 FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
 EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
@@ -37,10 +37,7 @@ def emulated(tmp_path_factory, tools_with_binding):
 def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
     """backend="sm90" serves CPU tensors, with workspaces that are NaN at first."""
 
-    def address(variant: Variant, *_) -> int:
-        return launchers.exported(emulated, variant.name)
-
-    serve_on_the_cpu(address, "sm90")
+    serve_on_the_cpu(launchers_of(emulated), "sm90")
 
 
 @pytest.mark.parametrize(("dtype", "d"), FORWARD)

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_cosine_sim_attention import launchers
 from flash_cosine_sim_attention.testing import assert_close_to_reference, make_inputs
-from flash_cosine_sim_attention.variants import Variant, variant_for
+from flash_cosine_sim_attention.variants import variant_for
 
-from .emulator.build import build
+from .emulator.build import build, launchers_of
 
 EMULATED = [
     variant_for("sm80", pass_name, dtype, head_dim, "toeplitz")
@@ -26,10 +25,7 @@ def emulated(tmp_path_factory, tools_with_binding):
 
 @pytest.fixture(autouse=True)
 def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
-    def address(variant: Variant, *_) -> int:
-        return launchers.exported(emulated, variant.name)
-
-    serve_on_the_cpu(address)
+    serve_on_the_cpu(launchers_of(emulated))
 
 
 @pytest.mark.parametrize("form", ["alibi", "t5", "relative"])

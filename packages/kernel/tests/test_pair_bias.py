@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_cosine_sim_attention import bias_plan, flash_cosine_sim_attention, launchers
+from flash_cosine_sim_attention import bias_plan, flash_cosine_sim_attention
 from flash_cosine_sim_attention.testing import Inputs, assert_close_to_reference, make_inputs
-from flash_cosine_sim_attention.variants import Variant, variant_for
+from flash_cosine_sim_attention.variants import variant_for
 
-from .emulator.build import build
+from .emulator.build import build, launchers_of
 
 FORMS = ["hij", "ij", "hj", "hi", "h", "", "bij", "bhij", "bj"]
 HALF = [torch.bfloat16, torch.float16]
@@ -146,10 +146,7 @@ class TestEmulated:
     def _kernels_on_the_cpu(self, emulated, serve_on_the_cpu, monkeypatch):
         monkeypatch.setattr(bias_plan, "MIN_SHARERS_GENERAL", 4)  # repacked for few rows too
 
-        def address(variant: Variant, *_) -> int:
-            return launchers.exported(emulated, variant.name)
-
-        serve_on_the_cpu(address)
+        serve_on_the_cpu(launchers_of(emulated))
 
     @pytest.mark.parametrize("form", FORMS)
     def test_forms(self, form):
