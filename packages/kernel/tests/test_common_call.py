@@ -31,15 +31,81 @@ def short_ways(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def short_backwards(monkeypatch):
+    """A mark for each backward that went the short way."""
+    calls: list = []
+    real = common_call._settle_backward
+
+    def settle(plan, *tensors):
+        run, *rest = real(plan, *tensors)
+        plan.backward = None  # comes here again
+        return (lambda *args: calls.append(True) or run(*args)), *rest
+
+    monkeypatch.setattr(common_call, "_settle_backward", settle)
+    return calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True, "nk": 40}, {"kv_heads": 1, "heads": 4}, {"scale": 3}, {"scale": 60.0}], ids=str
 )
-def test_values_and_gradients(short_ways, dtype, options):
+@pytest.mark.parametrize("lse", [False, True])
+def test_values_and_gradients(short_ways, short_backwards, dtype, options, lse):
     inputs = make_inputs(dtype=dtype, **({"nq": 19, "nk": 23, "d": 16} | options))
     for _ in range(3):
-        assert_close_to_reference(inputs, backend="sm80", lse=True)
-    assert taken(short_ways) >= 2
+        assert_close_to_reference(inputs, backend="sm80", lse=lse)
+    assert taken(short_ways) == 2
+    assert len(short_backwards) == 2
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_what_wants_them(short_backwards, wanted, deterministic):
+    x = make_inputs(nq=19, nk=23, d=16, dtype=torch.float16, heads=4, kv_heads=2)
+    leaves = {name: getattr(x, name).clone().requires_grad_() for name in wanted}
+    arguments = {"q": x.q, "k": x.k, "v": x.v} | leaves
+    dout = torch.randn_like(x.q)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        usual, short = (
+            torch.autograd.grad(flash_cosine_sim_attention(**arguments, backend="sm80"), leaves.values(), dout)
+            for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(short_backwards) == 1
+    for first, second in zip(usual, short, strict=True):
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+def test_any_upstream_gradient(short_backwards):
+    """Expanded, transposed, off the 16-byte boundaries; of the log-sum-exp alone."""
+    q, k, v = (torch.randn(2, 4, 19, 16).bfloat16().requires_grad_() for _ in range(3))
+    flash_cosine_sim_attention(q, k, v, backend="sm80")
+    out, lse = flash_cosine_sim_attention(q, k, v, backend="sm80", return_lse=True)
+    dense = torch.randn_like(out)
+    same = (dense.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([dense.flatten()[:1], dense.flatten()])[1:])
+    expected = torch.autograd.grad(out, (q, k, v), dense, retain_graph=True)
+    for dout in (same[0], same[1].view_as(dense)):
+        for got, want in zip(torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), expected, strict=True):
+            assert torch.equal(got, want)
+    ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+    for got, want in zip(torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True), ones, strict=True):
+        assert torch.equal(got, want)
+    assert len(short_backwards) == 5
+    assert bool(torch.autograd.grad(lse.sum(), q)[0].any())
+    assert len(short_backwards) == 5
+
+
+def test_a_second_derivative_is_refused(short_backwards):
+    q, k, v = (torch.randn(2, 4, 19, 16).bfloat16().requires_grad_() for _ in range(3))
+    flash_cosine_sim_attention(q, k, v, backend="sm80")
+    out = flash_cosine_sim_attention(q, k, v, backend="sm80")
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    assert len(short_backwards) == 0
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
 
 
 @pytest.mark.parametrize("lse", [False, True])
@@ -51,16 +117,24 @@ def test_without_gradient(short_ways, lse):
 
 
 def test_layouts(short_ways):
-    """(b, n, h, d) buffers come back as such; a start off the 16-byte boundaries goes the usual way."""
+    """(b, n, h, d) buffers come back as such, slices of a buffer of q, k and v dense.
+    A start off the 16-byte boundaries goes the usual way."""
     q, k, v = (torch.randn(2, 19, 4, 16).bfloat16().transpose(1, 2) for _ in range(3))
     first, second = (flash_cosine_sim_attention(q, k, v, backend="sm80") for _ in range(2))
     assert taken(short_ways) == 1
     assert second.stride() == first.stride() == q.stride()
     assert torch.equal(first, second)
 
+    packed = torch.randn(2, 19, 3, 4, 16).bfloat16().transpose(1, 3).unbind(2)
+    first, second = (flash_cosine_sim_attention(*packed, backend="sm80") for _ in range(2))
+    assert taken(short_ways) == 2
+    assert second.stride() == first.stride() == q.stride()
+    assert torch.equal(first, second)
+
+    first = flash_cosine_sim_attention(q, k, v, backend="sm80")
     shifted = torch.cat([q.new_zeros(1), q.transpose(1, 2).flatten()])[1:].view(2, 19, 4, 16).transpose(1, 2)
     assert torch.equal(flash_cosine_sim_attention(shifted, k, v, backend="sm80"), first)
-    assert taken(short_ways) == 1
+    assert taken(short_ways) == 3
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,20 @@ def test_random_configurations(configuration, lse, backend):
     assert_close_to_reference(cuda(**configuration), backend=backend, lse=lse)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("nq", "nk"), [(300, 333), (129, 2100)])
-def test_later_calls_of_a_signature(nq, nk, causal, backend):
-    """The first goes the usual way, later ones the short one (common_call.py)."""
-    for _ in range(3):
-        x = cuda((2,), 4, 2, nq, nk, d=64, dtype=torch.bfloat16, causal=causal)
-        assert_close_to_reference(x, backend=backend, lse=True)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize(("nq", "nk", "causal"), [(300, 333, False), (129, 1100, True)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_later_calls_of_a_signature(nq, nk, causal, d, dtype, deterministic, backend):
+    """The first goes the usual way, later ones the short one (common_call.py), where deterministic with NaN in every
+    workspace (torch's fill_uninitialized_memory)."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for seed in range(3):
+            x = cuda((2,), 4, 2, nq, nk, d=d, dtype=dtype, causal=causal, seed=seed)
+            assert_close_to_reference(x, backend=backend, lse=seed == 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -81,9 +81,9 @@ def flash_cosine_sim_attention(
     key = None
     if mask is None and attn_bias is None and groups == 1 and l2norm_qk:
         key = common_call.signature(q, k, v, scale, causal, backend)
-        known = None if key is None else common_call.attend(key, q, k, v)
+        known = None if key is None else common_call.attend(key, q, k, v, return_lse)
         if known is not None:
-            return known if return_lse else known[0]
+            return known
     q, k, v = _autocast(q, k, v)
     validate(q, k, v, mask, attn_bias, scale, groups, attn_bias_batch_dim, backend)
     if backend == "plain":

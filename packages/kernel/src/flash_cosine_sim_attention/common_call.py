@@ -2,17 +2,21 @@
 
 Half precision, (b, h, n, d) tensors in the kernels' form, one group, norm inside, a number as scale; no mask, no bias;
 plain eager code. The first call of a signature (sizes, strides, dtypes, device, options) goes the usual way; if a CUDA
-kernel serves it, later ones go from here straight to one operator that allocates and launches (plain_forward in
-csrc/torch_binding.cpp). Everything else is left to `attention.py`.
+kernel serves it, later ones go from here straight to one operator that allocates and launches, and so do their
+backwards (common_forward and common_backward in csrc/torch_binding.cpp). Everything else is left to `attention.py`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from . import backends, cuda, ops
 from .kernel_form import has_rows
@@ -21,15 +25,22 @@ from .problem import Problem
 MAX_SIGNATURES = 4096
 """Where lengths never repeat, the memory of signatures starts anew."""
 
+_PLAIN = (Tensor, Parameter)
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _autocast = torch._C._functorch.peek_interpreter_stack, torch._C._is_any_autocast_enabled
 
-class Plan(NamedTuple):
+
+@dataclass(slots=True)
+class Plan:
     """What a signature settles."""
 
+    run: Callable[..., Any]  # the operator common_forward
     launcher: int
-    counts_items: bool  # the kernel hands out its blocks by a counter
     scale: float
     causal: bool
     backend: str
+    backward: tuple[Callable[..., Any], int, int, bool] | None = None
+    """Settled by the first backward: the operator, launcher, kHeadDim, whether its kernels can add to dq in order."""
 
 
 Signature = tuple
@@ -40,25 +51,28 @@ def signature(
     q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None
 ) -> Signature | None:
     """What decides how a call with neither mask nor bias is served; None for what is no common call."""
-    if torch.compiler.is_compiling() or type(scale) not in (float, int) or not ops.is_plain_eager((q, k, v)):
+    if torch.compiler.is_compiling() or _is_watched() or type(scale) not in (float, int):
         return None
-    if q is None or k is None or v is None:  # for `validate` to complain of
-        return None
-    if torch.is_autocast_enabled(q.device.type):
+    if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
         return None
     tensors = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype)
     return (*tensors, q.device, k.device, v.device, scale, causal, backend)
 
 
-def attend(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(out, lse), in the dims of q; None where the call is to go the usual way."""
+def _is_watched() -> bool:
+    """Whether more than plain eager code is at work: a tracer, a mode, a transform, autocast."""
+    return bool(_dispatch_modes() or _function_modes() or _autocast() or _transforms() is not None)
+
+
+def attend(key: Signature, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor] | None:
+    """What the call returns; None where it is to go the usual way."""
     plan = _plans.get(key)
     if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _CommonCall.apply(q, k, v, plan)[:2]
-    out, lse, _, _ = _forward(q, k, v, plan)
-    return out, lse
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+        return _CommonCall.apply(q, k, v, plan, return_lse)
+    out, _, lse = plan.run(plan.launcher, q, k, v, plan.scale, plan.causal, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def remember(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -73,42 +87,82 @@ def remember(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _plan(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str | None) -> Plan | None:
     if q.ndim != 4 or k.ndim != 4 or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8:
         return None
-    if v.shape[-1] != q.shape[-1] or 0 in q.shape or 0 in k.shape:
+    if v.shape[-1] != q.shape[-1] or 0 in q.shape or 0 in k.shape or 0 in q.stride():
         return None
-    if not (q.is_contiguous() or q.transpose(1, 2).is_contiguous()):  # else the output has a layout of its own
-        return None
-    q, k, v = (x.detach()[:, None] for x in (q, k, v))
-    problem = Problem(q, k, v, None, None, None, float(scale), 1, causal, True)
+    problem = _problem(q, k, v, scale, causal)
     kernels = backends.implementation(problem, backend or "")
-    if not (isinstance(kernels, cuda.CudaKernels) and has_rows(q) and has_rows(k) and has_rows(v)):
+    if not (isinstance(kernels, cuda.CudaKernels) and has_rows(problem.q) and has_rows(problem.k)):
         return None
-    launcher = kernels.launcher("forward", problem)
+    launcher = kernels.launcher("forward", problem) if has_rows(problem.v) else None
     if launcher is None:
         return None
-    return Plan(launcher.address, launcher.arch == "sm90", float(scale), causal, backend or "")
+    run = torch.ops.flash_cosine_sim_attention.common_forward.default._op
+    return Plan(run, launcher.address, float(scale), causal, backend or "")
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = torch.ops.flash_cosine_sim_attention.plain_forward.default._op
-    return run(plan.launcher, q, k, v, plan.scale, plan.causal, plan.counts_items)
+def _problem(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Problem:
+    q, k, v = (x.detach().unsqueeze(1) for x in (q, k, v))
+    return Problem(q, k, v, None, None, None, float(scale), 1, causal, True)
 
 
 class _CommonCall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan):
-        out, lse, q_rnorm, k_rnorm = _forward(q, k, v, plan)
-        ctx.save_for_backward(out, lse, q_rnorm, k_rnorm, q, k, v)
+    def forward(ctx, q, k, v, plan, return_lse):
+        out, left, lse = plan.run(plan.launcher, q, k, v, plan.scale, plan.causal, return_lse)
+        ctx.save_for_backward(out, left, lse, q, k, v)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse):
-        plan, wanted = ctx.plan, ctx.needs_input_grad
-        saved = [x.unsqueeze(1) for x in ctx.saved_tensors]
-        upstream = [None if x is None else x.unsqueeze(1) for x in (dout, dlse)]
-        options = (None, None, None, plan.scale, 1, plan.causal, True, False, plan.backend)
-        gradients = ops.gradients(*upstream, *saved, *options, [*wanted[:3], False, False])
-        dq, dk, dv = (None if x is None else x.squeeze(1) for x in gradients[:3])
-        return dq, dk, dv, None
+    def backward(ctx, dout, dlse=None):
+        if dout is None or type(dout) is not Tensor or torch.is_grad_enabled() or _is_watched():
+            return _backward_in_full(ctx, dout, dlse)
+        plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
+        settled = plan.backward or _settle_backward(plan, q, k, v)
+        if settled is None:
+            return _backward_in_full(ctx, dout, dlse)
+        if dout.stride() != out.stride() or dout.data_ptr() % 16:
+            dout = _with_rows(dout)
+        run, launcher, columns, adds_in_order = settled
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        tensors = (dout, None if dlse is None else dlse.contiguous(), out, left, lse, q, k, v)
+        options = (plan.scale, plan.causal, columns, adds_in_order, deterministic)
+        return *run(launcher, *tensors, *options, wanted[0], wanted[1], wanted[2]), None, None
+
+
+def _settle_backward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple | None:
+    """The kernel that the usual way would take; None if none serves."""
+    problem = _problem(q, k, v, plan.scale, plan.causal)
+    kernels = backends.implementation(problem, plan.backend)
+    assert isinstance(kernels, cuda.CudaKernels)
+    launcher = kernels.launcher("backward", problem)
+    if launcher is not None:
+        run = torch.ops.flash_cosine_sim_attention.common_backward.default._op
+        plan.backward = (run, launcher.address, launcher.head_dim, launcher.arch == "sm90")
+    return plan.backward
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return x if has_rows(x.unsqueeze(1)) else x.clone(memory_format=torch.contiguous_format)
+
+
+@once_differentiable
+def _backward_in_full(ctx, dout, dlse):
+    """The usual way: where a graph of the backward is wanted, under modes, or without a gradient of out."""
+    plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
+    saved = [x.unsqueeze(1) for x in (out, *_left_by_forward(left, lse, q, k), q, k, v)]
+    upstream = [None if x is None else x.unsqueeze(1) for x in (dout, dlse)]
+    options = (None, None, None, plan.scale, 1, plan.causal, True, False, plan.backend)
+    gradients = ops.gradients(*upstream, *saved, *options, [*wanted[:3], False, False])
+    return *(None if x is None else x.squeeze(1) for x in gradients[:3]), None, None
+
+
+def _left_by_forward(left: Tensor, lse: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """lse (b, h, i), q_rnorm (b, h, i, 1), k_rnorm (b, hk, j, 1): LeftByForward in torch_binding.cpp says where."""
+    shapes = [(*q.shape[:-1], 1), (*k.shape[:-1], 1), (1,), *([q.shape[:-1]] if lse is None else [])]
+    found, at = [], 0
+    for shape in shapes:
+        found.append(left[at : at + math.prod(shape)].view(shape))
+        at += -(-math.prod(shape) // 64) * 64
+    return found[3] if lse is None else lse, found[0], found[1]

@@ -1,6 +1,6 @@
 // The only file with torch headers: LibTorch's stable ABI, so that one binary serves every torch from 2.10 on (with or
 // without CUDA) and every Python. Defines the operators
-//     flash_cosine_sim_attention::launch_forward, launch_backward
+//     flash_cosine_sim_attention::launch_forward, launch_backward, common_forward, common_backward
 // which fill the params structs from tensors and call a launcher, given as the address of its exported function.
 // Shapes are those of params.h. The adapter (cuda.py) prepares the tensors; what a kernel could not bear is checked here.
 
@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "params.h"
 
@@ -73,18 +74,21 @@ void check_device(const char* name, const Tensor& x, const Tensor& like) {
     fail(name, "the device of q", "another");
 }
 
-// Rows of d contiguous elements that start on 16-byte boundaries, as copies of 16 bytes need them.
+// Rows of d contiguous elements that start on 16-byte boundaries, as copies of 16 bytes need them; of a (b0, b1, h, n, d)
+// tensor or a (b, h, n, d) one.
 fcsa::Strides row_strides(const char* name, const Tensor& x) {
   const int64_t per_chunk = 16 / static_cast<int64_t>(x.element_size());
   const auto sizes = x.sizes();
   const auto strides = x.strides();
-  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[4] == 1;
-  int64_t kept[4];
-  for (int dim = 0; dim < 4; ++dim) {
+  const int64_t last = x.dim() - 1;
+  bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && strides[last] == 1;
+  int64_t kept[4] = {};
+  for (int64_t dim = 0; dim < last; ++dim) {
     kept[dim] = sizes[dim] == 1 ? 0 : strides[dim];
     aligned = aligned && kept[dim] % per_chunk == 0;
   }
   if (!aligned) fail(name, "a contiguous last dim and rows on 16-byte boundaries", "other strides");
+  if (last == 3) return {kept[0], 0, kept[1], kept[2]};
   return {kept[0], kept[1], kept[2], kept[3]};
 }
 
@@ -286,68 +290,6 @@ void launch_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTens
   launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
 }
 
-// A new tensor like q: its device; contiguous where no strides are given.
-Tensor empty(const Tensor& q, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides = nullptr) {
-  int64_t contiguous[5], step = 1;
-  for (int64_t dim = dims - 1; dim >= 0; --dim) {
-    contiguous[dim] = step;
-    step *= sizes[dim];
-  }
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides != nullptr ? strides : contiguous, dtype, device_type,
-                                                  q.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-// Strides of a (b, h, n, d) tensor in the kernels' form, which the caller has made sure of but for the alignment of its start.
-fcsa::Strides plain_strides(const char* name, const Tensor& x) {
-  if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0) fail(name, "rows on 16-byte boundaries", "another start");
-  const auto strides = x.strides();
-  return {strides[0], 0, strides[1], strides[2]};
-}
-
-// The forward of the common call, outputs included, in one go: half precision, (b, h, n, d) tensors in the kernels' form with
-// one head dim, one group, the norm, no mask, no bias, no learned scale. The adapter knows all this from their sizes and strides.
-std::tuple<Tensor, Tensor, Tensor, Tensor> plain_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, double scale_value,
-                                                         bool causal, bool counts_items) {
-  const auto q_sizes = q.sizes(), k_sizes = k.sizes(), strides = q.strides();
-  if (q_sizes.size() != 4 || k_sizes.size() != 4) fail("q, k", "4 dims (b, h, n, d)", shape_of(q) + ", " + shape_of(k));
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
-  const int64_t sizes[4] = {q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]};
-  const int64_t q_rows[4] = {sizes[0], sizes[1], sizes[2], 1}, k_rows[4] = {k_sizes[0], k_sizes[1], k_sizes[2], 1};
-  // in the layout of q where that is dense, as empty_like would have it
-  const bool heads_behind = strides[3] == 1 && strides[1] == sizes[3] && strides[2] == sizes[1] * sizes[3] &&
-                            strides[0] == sizes[2] * sizes[1] * sizes[3];
-  const int64_t out_strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[3], sizes[1] * sizes[3], 1};
-  const int32_t float32 = aoti_torch_dtype_float32();
-  Tensor out = empty(q, dtype, 4, sizes, heads_behind ? out_strides : nullptr), lse = empty(q, float32, 3, q_rows);
-  Tensor q_rnorm = empty(q, float32, 4, q_rows), k_rnorm = empty(q, float32, 4, k_rows);
-
-  fcsa::ForwardParams p{};
-  p.b0 = static_cast<int32_t>(sizes[0]), p.b1 = 1, p.heads = static_cast<int32_t>(sizes[1]);
-  p.kv_heads = static_cast<int32_t>(k_sizes[1]), p.num_queries = static_cast<int32_t>(sizes[2]);
-  p.num_keys = static_cast<int32_t>(k_sizes[2]), p.head_dim = static_cast<int32_t>(sizes[3]), p.groups = 1;
-  p.causal = causal, p.l2norm_qk = true;
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
-  p.q_strides = plain_strides("q", q), p.k_strides = plain_strides("k", k), p.v_strides = plain_strides("v", v);
-  p.scale_value = static_cast<float>(scale_value), p.bound = std::abs(p.scale_value);
-  p.out = out.data_ptr(), p.out_strides = plain_strides("out", out);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.q_rnorm = static_cast<float*>(q_rnorm.data_ptr()), p.k_rnorm = static_cast<float*>(k_rnorm.data_ptr());
-  if (counts_items) {
-    const int64_t one[1] = {1};
-    const Tensor next_item = empty(q, float32, 1, one);  // its memory goes back to the stream's pool, behind the launch
-    p.next_item = static_cast<uint32_t*>(next_item.data_ptr());
-    launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
-  } else {
-    launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
-  }
-  return {out, lse, q_rnorm, k_rnorm};
-}
-
 void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTensor mask, OptionalTensor bias,
                      OptionalTensor scale, double scale_value, int64_t groups, bool causal, bool l2norm_qk, bool toeplitz,
                      Tensor dout, OptionalTensor dlse, Tensor out, Tensor lse, OptionalTensor q_rnorm, OptionalTensor k_rnorm,
@@ -390,6 +332,142 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
   launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
 }
 
+// ---- the common call, allocations included, in one go each way: half precision, (b, h, n, d) tensors in the kernels' form with one
+// head dim, one group, the norm, no mask, no bias, no learned scale. The adapter (common_call.py) knows all this of a signature.
+
+// A new tensor on the device of `like`.
+Tensor empty(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Dense, of the sizes and dtype of x (b, h, n, d), its dims in the order that they have in the memory of x.
+Tensor empty_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t order[4] = {0, 1, 2, 3}, dense[4], step = 1;
+  const auto swap_if_smaller = [&](int a, int b) {
+    if (strides[order[a]] < strides[order[b]]) std::swap(order[a], order[b]);
+  };
+  swap_if_smaller(0, 1), swap_if_smaller(1, 2), swap_if_smaller(0, 1);
+  for (int i = 3; i >= 0; --i) dense[order[i]] = step, step *= sizes[order[i]];
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty(x, dtype, 4, sizes.data(), dense);
+}
+
+Tensor empty_floats(const Tensor& like, int64_t count) {
+  const int64_t one = 1;
+  return empty(like, aoti_torch_dtype_float32(), 1, &count, &one);
+}
+
+// Several arrays in one allocation: each call gives the place of the next one, in floats.
+struct Places {
+  int64_t floats = 0;
+  int64_t take(int64_t count) {
+    const int64_t at = floats;
+    floats += (count + 63) / 64 * 64;  // on boundaries of 256 bytes
+    return at;
+  }
+};
+
+// What a forward leaves for its backward beside out: the norm factors, and the log-sum-exp unless it is a result. The counter of
+// the kernel's items is used by the forward alone. common_call.py reads it too (`_left_by_forward`).
+struct LeftByForward {
+  int64_t q_rnorm, k_rnorm, next_item, lse, floats;
+  LeftByForward(const fcsa::Problem& p, bool holds_lse) {
+    const int64_t queries = int64_t{p.b0} * p.heads * p.num_queries, keys = int64_t{p.b0} * p.kv_heads * p.num_keys;
+    Places places;
+    q_rnorm = places.take(queries), k_rnorm = places.take(keys), next_item = places.take(1);
+    lse = holds_lse ? places.take(queries) : 0;
+    floats = places.floats;
+  }
+};
+
+void set_common_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, double scale_value, bool causal) {
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) fail("q, k, v", "4 dims (b, h, n, d)", shape_of(q) + ", " + shape_of(k));
+  const auto q_sizes = q.sizes(), k_sizes = k.sizes();
+  p.b0 = static_cast<int32_t>(q_sizes[0]), p.b1 = 1, p.heads = static_cast<int32_t>(q_sizes[1]);
+  p.kv_heads = static_cast<int32_t>(k_sizes[1]), p.num_queries = static_cast<int32_t>(q_sizes[2]);
+  p.num_keys = static_cast<int32_t>(k_sizes[2]), p.head_dim = static_cast<int32_t>(q_sizes[3]), p.groups = 1;
+  p.causal = causal, p.l2norm_qk = true;
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  p.q_strides = row_strides("q", q), p.k_strides = row_strides("k", k), p.v_strides = row_strides("v", v);
+  p.scale_value = static_cast<float>(scale_value);
+}
+
+std::tuple<Tensor, Tensor, OptionalTensor> common_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, double scale_value,
+                                                          bool causal, bool returns_lse) {
+  fcsa::ForwardParams p{};
+  set_common_problem(p, q, k, v, scale_value, causal);
+  p.bound = std::abs(p.scale_value);
+  Tensor out = empty_like(q);
+  p.out = out.data_ptr(), p.out_strides = row_strides("out", out);
+  const LeftByForward at(p, !returns_lse);
+  Tensor left = empty_floats(q, at.floats);
+  float* floats = static_cast<float*>(left.data_ptr());
+  p.q_rnorm = floats + at.q_rnorm, p.k_rnorm = floats + at.k_rnorm;
+  p.next_item = reinterpret_cast<uint32_t*>(floats + at.next_item);
+  OptionalTensor lse;
+  if (returns_lse) {
+    const int64_t sizes[3] = {p.b0, p.heads, p.num_queries};
+    const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1};
+    lse = empty(q, aoti_torch_dtype_float32(), 3, sizes, strides);
+  }
+  p.lse = returns_lse ? static_cast<float*>(lse->data_ptr()) : floats + at.lse;
+  launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+  return {out, left, lse};
+}
+
+// left, lse: of the forward; columns: kHeadDim of the variant; adds_in_order: what the kernels do where they are to be deterministic
+// (else they add to dq_accum in any order, or, deterministic, not at all).
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
+    int64_t launcher, Tensor dout, OptionalTensor dlse, Tensor out, Tensor left, OptionalTensor lse, Tensor q, Tensor k, Tensor v,
+    double scale_value, bool causal, int64_t columns, bool adds_in_order, bool deterministic, bool wants_dq, bool wants_dk,
+    bool wants_dv) {
+  fcsa::BackwardParams p{};
+  set_common_problem(p, q, k, v, scale_value, causal);
+  const int64_t batch = p.b0, heads = p.heads, kv_heads = p.kv_heads, queries = p.num_queries, keys = p.num_keys;
+  const int64_t width = p.head_dim;
+  check_shape("dout", dout, {batch, heads, queries, width});
+  check_dtype("dout", dout, q.scalar_type());
+  p.dout = dout.data_ptr(), p.dout_strides = row_strides("dout", dout);
+  p.out = out.data_ptr(), p.out_strides = row_strides("out", out);
+  p.dlse = float_data("dlse", dlse, q, {batch, heads, queries});
+  const LeftByForward at(p, !lse.has_value());
+  if (left.numel() != at.floats) fail("left", std::to_string(at.floats) + " floats", shape_of(left));
+  const float* floats = static_cast<const float*>(left.data_ptr());
+  p.q_rnorm = floats + at.q_rnorm, p.k_rnorm = floats + at.k_rnorm;
+  p.lse = lse.has_value() ? float_data("lse", lse, q, {batch, heads, queries}) : floats + at.lse;
+
+  OptionalTensor dq, dk, dv;
+  if (wants_dq) dq = empty_like(q), p.dq = dq->data_ptr(), p.dq_strides = row_strides("dq", *dq);
+  if (wants_dk) dk = empty_like(k), p.dk = dk->data_ptr(), p.dk_strides = row_strides("dk", *dk);
+  if (wants_dv) dv = empty_like(v), p.dv = dv->data_ptr(), p.dv_strides = row_strides("dv", *dv);
+
+  const int64_t rows = batch * heads * ((queries + 127) / 128 * 128);
+  const bool accumulates = wants_dq && (!deterministic || adds_in_order), ordered = accumulates && deterministic;
+  const bool copies = q.scalar_type() == ScalarType::Half;  // as launch_backward's caller has them
+  const auto floats_of = [&](bool wanted, int64_t count) { return wanted ? count : 0; };
+  Places places;
+  const int64_t query_rows = places.take(rows * 4), dq_accum = places.take(floats_of(accumulates, rows * columns));
+  const int64_t progress = places.take(floats_of(ordered, batch * kv_heads * ((keys + 127) / 128) * 2));
+  const int64_t q_unit = places.take(floats_of(copies, batch * heads * queries * width / 2));
+  const int64_t k_unit = places.take(floats_of(copies, batch * kv_heads * keys * width / 2));
+  Tensor workspace = empty_floats(q, places.floats);  // goes back to the stream's pool, behind the launch
+  float* memory = static_cast<float*>(workspace.data_ptr());
+  p.query_rows = reinterpret_cast<float4*>(memory + query_rows);
+  if (accumulates) p.dq_accum = memory + dq_accum;
+  if (ordered) p.dq_progress = reinterpret_cast<uint32_t*>(memory + progress);
+  if (copies) p.q_unit = memory + q_unit, p.k_unit = memory + k_unit;
+  p.deterministic = deterministic;
+  launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
+  return {dq, dk, dv};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
@@ -399,8 +477,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
       "Tensor(h!)? v_largest, Tensor(i!)? next_item, Tensor(j!)? packed_bias, bool pair_kernels) -> ()");
   m.def(
-      "plain_forward(int launcher, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, bool counts_items) "
-      "-> (Tensor out, Tensor lse, Tensor q_rnorm, Tensor k_rnorm)");
+      "common_forward(int launcher, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, bool returns_lse) "
+      "-> (Tensor out, Tensor left, Tensor? lse)");
+  m.def(
+      "common_backward(int launcher, Tensor dout, Tensor? dlse, Tensor out, Tensor left, Tensor? lse, Tensor q, Tensor k, Tensor v, "
+      "float scale_value, bool causal, int columns, bool adds_in_order, bool deterministic, "
+      "bool wants_dq, bool wants_dk, bool wants_dv) -> (Tensor? dq, Tensor? dk, Tensor? dv)");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, Tensor dout, Tensor? dlse, Tensor out, "
@@ -413,6 +495,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd, m) {
   m.impl("launch_forward", TORCH_BOX(&launch_forward));
-  m.impl("plain_forward", TORCH_BOX(&plain_forward));
+  m.impl("common_forward", TORCH_BOX(&common_forward));
+  m.impl("common_backward", TORCH_BOX(&common_backward));
   m.impl("launch_backward", TORCH_BOX(&launch_backward));
 }
