@@ -70,7 +70,7 @@ def attend(key: Signature, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) ->
     if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
         return None
     if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-        return _CommonCall.apply(q, k, v, plan, return_lse)
+        return _apply(q, k, v, plan, return_lse)
     out, _, lse = plan.run(plan.launcher, q, k, v, plan.scale, plan.causal, return_lse)
     return (out, lse) if return_lse else out
 
@@ -129,6 +129,10 @@ class _CommonCall(torch.autograd.Function):
         tensors = (dout, None if dlse is None else dlse.contiguous(), out, left, lse, q, k, v)
         options = (plan.scale, plan.causal, columns, adds_in_order, deterministic)
         return *run(launcher, *tensors, *options, wanted[0], wanted[1], wanted[2]), None, None
+
+
+_apply = super(torch.autograd.Function, _CommonCall).apply
+"""Without a look for tensors of functorch, which `_is_watched` has ruled out: 1.5 us."""
 
 
 def _settle_backward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple | None:
