@@ -47,6 +47,15 @@ def gpu_tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "gpu", *session.posargs, env=env, external=True)
 
 
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """compute-sanitizer over a small set of calls, in the current environment; `-- racecheck` for one tool."""
+    env = {"PYTHONPATH": str(ROOT / KERNEL / "src"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in session.posargs or ("memcheck", "racecheck", "initcheck"):
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+        session.run(*command, "python", f"{KERNEL}/tests/sanitize.py", env=env, external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""

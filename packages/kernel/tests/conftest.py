@@ -31,6 +31,12 @@ def each_device(request):
         yield torch.device(request.param)
 
 
+@pytest.fixture(params=["sm80", None], ids=["sm80", "automatic"])
+def backend(request) -> str | None:
+    """The kernels that always work, and those that are chosen: on Hopper, its own where they serve."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tools_with_binding():
     """The compilers, the torch binding compiled and loaded; skips where there are none."""

@@ -1,0 +1,48 @@
+"""A small set of calls for compute-sanitizer: `nox -s sanitize` runs it under memcheck, racecheck and initcheck.
+
+Every kernel family of both architectures: plain, causal with grouped heads, key mask, bias with its gradient, groups,
+running maximum, in each dtype; lengths that leave parts of tiles empty, and more tiles than a pipeline has stages.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from flash_cosine_sim_attention import flash_cosine_sim_attention
+from flash_cosine_sim_attention.testing import make_inputs
+
+OPTIONS: tuple[dict, ...] = (
+    {},
+    {"causal": True, "kv_heads": 1},
+    {"mask": True},
+    {"mask": True, "bias": "hij"},
+    {"groups": 2},
+    {"scale": "head"},
+    {"nq": 129, "nk": 1100},
+)
+
+
+def run(backend: str | None, dtype: torch.dtype, options: dict) -> None:
+    inputs = make_inputs((1,), 2, dtype=dtype, device="cuda", **({"nq": 150, "nk": 140, "d": 64} | options))
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.tensors().items()}
+    for _ in range(2):  # a later call of a signature goes a way of its own
+        out = flash_cosine_sim_attention(**(inputs.arguments() | leaves), backend=backend)
+        assert isinstance(out, torch.Tensor)
+        out.backward(torch.randn_like(out))
+
+
+def main() -> None:
+    warnings.simplefilter("error", RuntimeWarning)  # a call without the fused kernels checks nothing
+    for backend in ("sm80", None):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if backend is None and dtype == torch.float32:
+                continue  # the same kernels
+            for options in OPTIONS:
+                run(backend, dtype, options)
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
