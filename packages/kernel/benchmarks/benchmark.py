@@ -3,7 +3,7 @@
     benchmark.py                                the classic shapes: batch 4, heads 8, dim 64, lengths 128 to 8192, fp16
     benchmark.py --causal --mask-prob 0.25      the same, masked
     benchmark.py --preset long16k --budget 300  16384 tokens of width 2048: bf16, fp16, dims 64 and 128, full and causal
-    benchmark.py --preset all                   what every figure to reach needs
+    benchmark.py --preset figures               what the figures to reach need; all: every preset
     benchmark.py --report results/h200/*.json   the tables of earlier runs, put together; nothing is run
 
 A row: seq_len, slower (our time over that of plain attention), kernel (ours), baseline (plain), then the time of each
@@ -34,7 +34,7 @@ from baselines import BASELINES, NORMS, norms_for
 from clocks import Clock, ContextLost, CpuClock, CudaClock, brief, ceilings
 from inputs import CaseInputs
 from measure import Record, Settings, Variant, measure_cell
-from presets import DTYPES, PRESETS, Case, Preset, case_of
+from presets import DTYPES, GROUPS, PRESETS, Case, Preset, case_of
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", type=words, default=("classic",), help=f"all, or some of {','.join(PRESETS)}; default classic")
+    add("--preset", type=words, default=("classic",), help=f"of {','.join([*GROUPS, *PRESETS])}; default classic")
     add("--causal", action="store_true", help="causal cases only")
     add("--mask-prob", type=float, help="hide each key with this probability (random key mask)")
     add("--only-forwards", action="store_true", help="time the forward only; default: forward, forward + backward")
@@ -76,8 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
-    parsed.preset = tuple(PRESETS) if parsed.preset == ("all",) else parsed.preset
-    known = {"preset": PRESETS, "dtype": DTYPES, "peers": BASELINES, "norms": NORMS}
+    known = {"preset": {**PRESETS, **GROUPS}, "dtype": DTYPES, "peers": BASELINES, "norms": NORMS}
     for option, allowed in known.items():
         unknown = sorted(set(getattr(parsed, option) or ()) - set(allowed))
         if unknown:
@@ -99,7 +98,8 @@ def chosen_presets(options: argparse.Namespace) -> list[Preset]:
     if options.mask_prob is not None:
         given |= {"mask_prob": options.mask_prob, "padded": False}
     changes = {name: value for name, value in given.items() if value is not None}
-    return [replace(PRESETS[name], **changes) for name in options.preset]
+    names = dict.fromkeys(name for given_name in options.preset for name in GROUPS.get(given_name, (given_name,)))
+    return [replace(PRESETS[name], **changes) for name in names]
 
 
 @dataclass

@@ -120,10 +120,17 @@ PRESETS = {
         ("bf16",), (32,), (256,), ("flex",), biases=("hijf", "ij", "bhij", "bij", "hj", "bj", "hi"), **PAIR
     ),
     "dense_bias": Preset(
-        ("bf16",), (64,), (2048,), ("flex", "efficient"), biases=("hij", "bhij"), norms=("none", "eager")
+        ("bf16",), (64,), (1024, 2048, 4096), ("flex",), biases=("hij", "bhij"), norms=("compiled", "none")
     ),
     "position_bias": Preset(
         ("bf16",), (64,), (1024, 4096), ("ours:dense", "flex", "compiled"), (True,), positions=("alibi", "table")
     ),
     "memory": Preset(("bf16",), (64, 128), (16384,), ("fa2", "cudnn"), modes=("fwd+bwd",), batch=None, heads=None),
 }
+
+GROUPS = {
+    "figures": ("classic", "fp32", "mask", "dense_bias", "memory", "long16k"),
+    "all": tuple(PRESETS),
+}
+"""Several presets under one name: "figures" holds each figure to reach but those of pair biases. What takes longest
+comes last, so that a budget cuts there."""
