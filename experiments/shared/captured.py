@@ -8,6 +8,7 @@ On the CPU a lane runs its steps plainly; nothing else differs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from .config import require_device
 from .cuda_graph import GraphedCall
 from .ensemble import Members, Weights, clip_per_member
+from .loss_scale import LossScale
 
 Batch = dict[str, Tensor]  # name -> (s, ...)
 LossOf = Callable[[Weights, Batch], Tensor]  # (s,): each member's own loss
@@ -64,21 +66,43 @@ class Pool:
 
 
 class Lane:
-    """One arm in training. `average`: (s, p), the exponential moving average of the weights."""
+    """One arm in training. `average`: (s, p), the exponential moving average of the weights.
 
-    def __init__(self, members: Members, loss_of: LossOf, schedule: Schedule, pool: Pool, dtype: torch.dtype) -> None:
+    rates: of each member, as a multiple of the schedule's learning rate; none: 1 for all. Members of one rate are
+        neighbours, since a rate is one launch of the optimiser.
+    float16 is trained with loss scaling, a factor a member; `skipped_steps` counts what it left out.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        loss_of: LossOf,
+        schedule: Schedule,
+        pool: Pool,
+        dtype: torch.dtype,
+        rates: Sequence[float] = (),
+    ) -> None:
         self.members, self.dtype = members, dtype
         self._loss_of, self._schedule, self._pool = loss_of, schedule, pool
         flat, device = members.flat, members.flat.device
         self.average = flat.detach().clone()
         self._tables = (schedule.learning_rates().to(device), schedule.averaging().to(device))
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._lr = torch.zeros((), device=device)
+        found = [(rate, len(list(same))) for rate, same in itertools.groupby(rates or [1.0] * len(members.seeds))]
+        self._rates = torch.tensor([rate for rate, _ in found], device=device)
+        self._lr = torch.zeros_like(self._rates)
+        self._rows = flat.detach().split([count for _, count in found])  # views: what the optimiser moves
         self._optimizer = torch.optim.AdamW(
-            [flat], lr=self._lr, betas=BETAS, weight_decay=0.0, fused=True, capturable=flat.is_cuda
+            [{"params": [rows], "lr": lr} for rows, lr in zip(self._rows, self._lr.unbind(), strict=True)],
+            betas=BETAS,
+            weight_decay=0.0,
+            fused=True,
+            capturable=flat.is_cuda,
         )
+        self._scale = LossScale(len(members.seeds), device) if dtype == torch.float16 else None
         self._loss_sum = torch.zeros(len(members.seeds), device=device)
-        self._loss_steps = 0
+        self._norm_sum, self._norm_max = torch.zeros_like(self._loss_sum), torch.zeros_like(self._loss_sum)
+        self._loss_steps = self._norm_steps = 0
         self._plain_steps = 0
         self._graph = GraphedCall()
         self.stream = torch.cuda.Stream(device) if flat.is_cuda else None
@@ -86,6 +110,7 @@ class Lane:
     def step(self) -> None:
         """One step of every member, on this lane's stream."""
         self._loss_steps += 1
+        self._norm_steps += 1
         if self.stream is None:
             self._train()
         else:
@@ -103,6 +128,18 @@ class Lane:
         self._loss_steps = 0
         return values
 
+    def gradient_norms(self) -> tuple[list[float], list[float]]:
+        """Of each member before clipping, the mean and the largest of the steps since the last call."""
+        found = ((self._norm_sum / max(1, self._norm_steps)).tolist(), self._norm_max.tolist())
+        self._norm_sum.zero_()
+        self._norm_max.zero_()
+        self._norm_steps = 0
+        return found
+
+    def skipped_steps(self) -> list[int]:
+        """Of each member, by loss scaling."""
+        return [0] * len(self.members.seeds) if self._scale is None else self._scale.skipped.tolist()
+
     def _replay_or_capture(self) -> None:
         if not self._graph.captured and self._plain_steps == PLAIN_STEPS:
             self._graph.capture(self._train)
@@ -117,15 +154,43 @@ class Lane:
         slot = self._step % self._pool.size
         batch = {name: values.index_select(0, slot)[0] for name, values in self._pool.batches.items()}
         loss = self._loss_of(self.members.unpack(flat, self.dtype), batch)
-        (gradient,) = torch.autograd.grad(loss.sum(), flat)
-        flat.grad = clip_per_member(gradient, self._schedule.grad_clip)
+        scaled = loss if self._scale is None else loss * self._scale.factor
+        (gradient,) = torch.autograd.grad(scaled.sum(), flat)
         rate, share = (table.index_select(0, self._step)[0] for table in self._tables)
-        self._lr.copy_(rate)
-        self._optimizer.step()
+        torch.mul(self._rates, rate, out=self._lr)
+        self._optimize(gradient)
         if self._schedule.ema:
             self.average.lerp_(flat.detach(), share)
         self._loss_sum += loss.detach()
         self._step += 1
+
+    def _optimize(self, gradient: Tensor) -> None:
+        """gradient: (s, p), of the scaled losses if they are scaled; a member with one that is not finite stays."""
+        finite = None
+        if self._scale is not None:
+            gradient, finite = self._scale.unscale(gradient)
+        clipped, norm = clip_per_member(gradient, self._schedule.grad_clip)
+        self._norm_sum += norm
+        self._norm_max.copy_(torch.maximum(self._norm_max, norm))
+        sizes = [len(rows) for rows in self._rows]
+        for rows, part in zip(self._rows, clipped.split(sizes), strict=True):
+            rows.grad = part
+        if finite is None:
+            self._optimizer.step()
+            return
+        kept = [[value.clone() for value in values] for values in self._moving()]
+        self._optimizer.step()
+        for values, before, moved in zip(self._moving(), kept, finite.split(sizes), strict=True):
+            for value, old in zip(values, before, strict=False):  # no moments before the first step
+                value.copy_(torch.where(moved[:, None], value, old))
+        assert self._scale is not None
+        self._scale.update(finite)
+
+    def _moving(self) -> list[list[Tensor]]:
+        """For each rate the weights, and the moments where there are some."""
+        state = self._optimizer.state
+        moments = ("exp_avg", "exp_avg_sq")
+        return [[rows, *(state[rows][name] for name in moments if name in state[rows])] for rows in self._rows]
 
 
 def train_chunk(lanes: Sequence[Lane], pool: Pool, chunk: int, steps: int) -> None:

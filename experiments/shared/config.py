@@ -41,7 +41,7 @@ class RunConfig:
     attention: str = _field(
         "cosine",
         "regular: softmax of scaled dot products; cosine: fused, through the plugin; "
-        "native: x-transformers' own attn_qk_norm, without the plugin",
+        "native: cosine without this repository's kernels: x-transformers' own attn_qk_norm, decoder.py's F.normalize",
         ATTENTIONS,
     )
     plugin_mode: str = _field(

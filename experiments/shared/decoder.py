@@ -19,6 +19,7 @@ from .config import DTYPES, RunConfig
 from .ensemble import Init, Members, Weights, embed, linear, matrix, per_member
 
 NUM_BYTES = 256
+Watch = Callable[[Tensor, Tensor, Tensor | None], None]  # (q, k, log_scale) of a layer: q, k (s, b, h, n, d)
 MLP_RATIO = 4
 ROTARY_BASE = 10_000.0
 
@@ -55,12 +56,13 @@ def start_deepnet(members: Members, depth: int) -> None:
 
 
 class Decoder:
-    """The model of one arm: a function of weights."""
+    """The model of one arm: a function of weights. `watch`, if set, is called in every layer."""
 
     def __init__(self, config: RunConfig, device: torch.device | str) -> None:
         self.config = config
         self._alpha = (2 * config.depth) ** 0.25 if config.norm == "deepnet" else 1.0
         self._learned = AttentionArm("cosine", scale=0.0, groups=config.groups)
+        self.watch: Watch | None = None
         dtype = DTYPES[config.dtype]
         self._cos, self._sin = (table.to(device, dtype) for table in _rotations(config.seq_len, config.dim_head))
 
@@ -101,8 +103,12 @@ class Decoder:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, log_scale: Tensor | None) -> Tensor:
         """(s, b, h, n, d) each -> the same."""
         config = self.config
+        if self.watch is not None:
+            self.watch(q, k, log_scale)
         if config.attention == "regular":
             return attend(AttentionArm("regular"), q, k, v, causal=True)
+        if config.attention == "native":
+            return attend(AttentionArm("cosine-torch", config.scale, config.groups), q, k, v, causal=True)
         if log_scale is not None:
             return attend(self._learned, q, k, v, causal=True, log_scale=log_scale)
         out = flash_cosine_sim_attention(

@@ -81,7 +81,10 @@ def per_member(values: Tensor) -> Tensor:
     return values.float().flatten(1).mean(1)
 
 
-def clip_per_member(gradient: Tensor, max_norm: float) -> Tensor:
-    """gradient (s, p) with each member's norm brought down to at most `max_norm`, as clip_grad_norm_ does for one."""
-    norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+def clip_per_member(gradient: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """gradient (s, p) with each member's norm brought down to at most `max_norm`, as clip_grad_norm_ does for one.
+
+    Also the norms (s,) that they had.
+    """
+    norm = torch.linalg.vector_norm(gradient, dim=1)
+    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)[:, None], norm

@@ -96,7 +96,7 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
     began = time.monotonic()
     values = given(options)
     rates = question.rates
-    if rates and "lr" in values:  # one of the sweep, not another base
+    if rates and "lr" in values:  # one rate, not another base
         rates = (values.pop("lr"),)
     base = RunConfig(**{**question.base, **values})
     corpus = load_corpus(base.data)
@@ -126,9 +126,9 @@ def _train(question: Question, options: argparse.Namespace) -> bool:
 
 
 def _share(jobs: list[Job], shard: int, shards: int) -> list[Job]:
-    """Every `shards`-th arm at a learning rate, with all its seeds."""
-    mine = list(dict.fromkeys((job.arm, job.config.lr) for job in jobs))[shard::shards]
-    return [job for job in jobs if (job.arm, job.config.lr) in mine]
+    """Every `shards`-th arm, with all its seeds and learning rates."""
+    mine = list(dict.fromkeys(job.arm for job in jobs))[shard::shards]
+    return [job for job in jobs if job.arm in mine]
 
 
 def _parser(question: Question) -> argparse.ArgumentParser:

@@ -14,6 +14,20 @@ from .config import RunConfig
 from .data import Corpus
 from .together import Job
 
+GRADIENT = ("grad_norm", "grad_norm_max")
+"""Before clipping; the second the largest since the row before."""
+
+FIGURES = (
+    "parameters",
+    "val_bpb",
+    "diverged_at",
+    "fused_calls",
+    "stock_calls",
+    "learned_scales",
+    "ms_per_step",
+    "skipped_steps",
+)
+
 PLACE = ("data", "device", "seed")
 """Fields that name where a run's data and device are; which text it was, the corpus' sha256 says."""
 
@@ -42,8 +56,7 @@ class ResultsFile:
     def add(self, job: Job, result: Mapping[str, Any]) -> None:
         """Notes a result, as `Trainer.result` gives it, and writes the file."""
         config = self._differences(job)
-        known = ("parameters", "val_bpb", "diverged_at", "fused_calls", "stock_calls", "learned_scales", "ms_per_step")
-        figures = {name: result[name] for name in known if result.get(name) not in (None, [])}
+        figures = {name: result[name] for name in FIGURES if result.get(name) not in (None, [])}
         self.content["runs"].append({"arm": job.arm, "config": config, **figures, "curves": curves(result["rows"])})
         write_atomically(self.path, self.content)
 
@@ -72,14 +85,13 @@ def config_of(content: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, A
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Rows -> columns, with five digits: step, train_bpb, grad_norm; val_step, val_bpb."""
+    """Rows -> columns, with five digits: step and the training's metrics; val_step and what validations found."""
     validated = [row for row in rows if "val_bpb" in row]
     return {
         "step": [row["step"] for row in rows],
-        "train_bpb": [_round(row["train_bpb"]) for row in rows],
-        "grad_norm": [_round(row["grad_norm"]) for row in rows if "grad_norm" in row],
+        **{name: [_round(row[name]) for row in rows if name in row] for name in ("train_bpb", *GRADIENT)},
         "val_step": [row["step"] for row in validated],
-        "val_bpb": [_round(row["val_bpb"]) for row in validated],
+        **{name: [_round(row[name]) for row in validated if name in row] for name in ("val_bpb", "max_logit")},
     }
 
 

@@ -99,9 +99,10 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_clips_each_member_by_itself():
     gradient = torch.randn(3, 50) * torch.tensor([[0.01], [1.0], [100.0]])
-    clipped = clip_per_member(gradient, 1.0)
+    clipped, norms = clip_per_member(gradient, 1.0)
     torch.testing.assert_close(clipped[0], gradient[0])
     assert clipped[1:].norm(dim=1).tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+    torch.testing.assert_close(norms, gradient.norm(dim=1))
 
 
 @pytest.mark.parametrize("arm", [REGULAR, FIXED, LEARNED, PLAIN], ids=lambda arm: f"{arm.kind}-{arm.scale}")

@@ -100,6 +100,21 @@ def test_an_ensemble_learns_what_it_learns_on_the_cpu(on_gpu: Tiny, corpus: Corp
         assert found["cuda"][name]["val_bpb"] == pytest.approx(result["val_bpb"], abs=5e-3), name
 
 
+@pytest.mark.parametrize("arm", ["regular", "cosine", "learned"])
+def test_an_ensemble_in_float16_with_several_rates(on_gpu: Tiny, corpus: Corpus, arm: str):
+    """Loss scaling inside a captured step; members of a rate learn what they learn without the others."""
+    base = on_gpu(model="ensemble", dtype="fp16", steps=60, **ARMS[arm])
+    jobs = [Job("", replace(base, seed=seed, lr=rate)) for rate in (1e-3, 4e-3) for seed in (0, 1)]
+    results: dict[str, dict[str, Any]] = {}
+    observer = Observer(lambda _: None, lambda job, result: results.update({job.name: result}))
+    assert run_ensembles(jobs, corpus, 1, lambda: False, observer)
+    together = dict(results)
+    assert run_ensembles(jobs[:2], corpus, 1, lambda: False, observer)
+    for job in jobs[:2]:
+        assert together[job.name]["val_bpb"] == pytest.approx(results[job.name]["val_bpb"], abs=2e-2)
+    assert all(result["val_bpb"] < 6 and result["skipped_steps"] < 10 for result in together.values())
+
+
 @pytest.mark.parametrize("backend", ["", "plain", "chunked"])
 def test_an_ensemble_in_bfloat16_on_every_path(on_gpu: Tiny, corpus: Corpus, backend: str):
     config = on_gpu(model="ensemble", backend=backend, dtype="bf16", steps=60)

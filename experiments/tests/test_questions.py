@@ -14,7 +14,8 @@ from experiments.shared.question import Question, load_question, main, report_of
 
 EXPERIMENTS = Path(__file__).parents[1]
 QUESTIONS = sorted(path.parent for path in EXPERIMENTS.glob("*/arms.toml"))
-LANGUAGE = [folder for folder in QUESTIONS if folder.name in ("kernel_vs_plain", "scale_and_groups", "norm_placement")]
+NAMES = ("kernel_vs_plain", "scale_and_groups", "norm_placement", "stability")
+LANGUAGE = [folder for folder in QUESTIONS if folder.name in NAMES]
 
 names = pytest.mark.parametrize("folder", LANGUAGE, ids=lambda folder: folder.name)
 
@@ -56,7 +57,7 @@ def test_trains_resumes_and_reports(folder: Path, tiny_flags: list[str], tmp_pat
     results = json.loads((out / "results.json").read_text())
     assert len(results["runs"]) == 6
     assert all("seed" in run["config"] and run["val_bpb"] > 0 for run in results["runs"])
-    assert (out / "loss.png").exists()
+    assert any(out.glob("*.png"))
     assert main(folder, report, command) == 0  # nothing is left to train
     assert json.loads((out / "results.json").read_text()) == results
     assert next(iter(question.arms)) in capsys.readouterr().out

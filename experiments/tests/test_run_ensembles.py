@@ -127,8 +127,7 @@ def test_seeds_of_an_arm_are_one_ensemble(tiny: Tiny):
     jobs.append(Job("long", tiny(steps=9)))
     found = _waves(jobs, together=3)
     assert [[(group[0].arm, group[0].config.lr, len(group)) for group in wave] for wave in found] == [
-        [("a", 1e-3, 2), ("b", 1e-3, 2), ("a", 2e-3, 2)],
-        [("b", 2e-3, 2)],
+        [("a", 1e-3, 4), ("b", 1e-3, 4)],
         [("long", 3e-3, 1)],
     ]
 

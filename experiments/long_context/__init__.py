@@ -1,0 +1,1 @@
+"""How far does training go in length: memory, speed, and a loss that falls."""

@@ -1,0 +1,1 @@
+"""At which learning rates, and in which dtypes, does training stay stable?"""
