@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from . import backends, cuda, ops
@@ -151,7 +150,7 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if has_rows(x.unsqueeze(1)) else x.clone(memory_format=torch.contiguous_format)
 
 
-@once_differentiable
+@ops.refuses_second_derivatives
 def _backward_in_full(ctx, dout, dlse):
     """The usual way: where a graph of the backward is wanted, under modes, or without a gradient of out."""
     plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors

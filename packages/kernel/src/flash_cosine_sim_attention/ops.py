@@ -7,6 +7,8 @@ decided inside, so that nothing of that choice is traced by torch.compile.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -94,6 +96,21 @@ def _backward_fake(dout, dlse, out, lse, q_rnorm, k_rnorm, *args):
     return _as_returned(problem, empty_gradients(problem, needs))
 
 
+def refuses_second_derivatives(backward: Callable) -> Callable:
+    """once_differentiable, where the upstream gradients are constants (of out.sum(), say) too: a derivative of the
+    gradients raises, and never silently lacks what runs through the saved tensors.
+    """
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():
+            upstream = tuple(x if x is None or x.requires_grad else x.detach().requires_grad_() for x in upstream)
+        return once(ctx, *upstream)
+
+    return checked
+
+
 class _Attention(torch.autograd.Function):
     """Old-style `forward(ctx, ...)`: 8 us less host time a call than setup_context."""
 
@@ -104,7 +121,7 @@ class _Attention(torch.autograd.Function):
         return _save(ctx, args, out, lse, q_rnorm, k_rnorm)
 
     @staticmethod
-    @once_differentiable
+    @refuses_second_derivatives
     def backward(ctx, dout, dlse, *_):
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[2], wanted[4], wanted[5]]
