@@ -103,6 +103,12 @@ def accept_new_keyword(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
     )
 
 
+def pass_row_mask(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.attend.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"row_mask": KEY_MASK}), with_kwargs=True
+    )
+
+
 EXAMPLES: dict[str, list[Example]] = {
     "attn_qk_norm=True": layer(attn_qk_norm=True),
     "attn_qk_norm=False": layer(attn_qk_norm=False),
@@ -148,6 +154,7 @@ EXAMPLES: dict[str, list[Example]] = {
         Example(stack=stack, call=lambda model: random_loss(model, IDS, attn_mask=PAIR_MASK))
         for stack in (Decoder, Encoder)
     ],
+    "row_mask": [Example(stack=Attention, call=bare()[0].call, prepare=pass_row_mask)],
     "attn_max_attend_past": each("attn_max_attend_past", 5),
     "causal": wrapped(causal=False),
     "cross_attend": [Example({"cross_attend": True}, call=lambda model: random_loss(model, IDS, context=CONTEXT))],

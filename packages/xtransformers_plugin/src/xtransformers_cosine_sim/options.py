@@ -147,6 +147,7 @@ TABLE: tuple[Row, ...] = (
     # masks
     _served("mask", "over keys, together with causal too", "call"),
     _served("attn_mask", "over (query, key) pairs: served as a bias of 0 and -inf", "call"),
+    _served("row_mask", "arrives with every mask; only inverted attention reads it", "call"),
     _served("attn_max_attend_past", "as attn_mask"),
     _served("causal", "per call too, where stock flash ignores it; aligned right; off for one query", "call"),
     # length
