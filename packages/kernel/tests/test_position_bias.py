@@ -248,7 +248,7 @@ class Layer(torch.nn.Module):
 def test_compile_fullgraph(form, dynamic):
     torch._dynamo.reset()
     layer = Layer(form)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for n in (20, 33):
         x = make_inputs(nq=n, d=16)
         results = []
