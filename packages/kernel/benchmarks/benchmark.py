@@ -30,10 +30,11 @@ import flash_cosine_sim_attention
 import plot
 import report
 import torch
-from baselines import BASELINES, NORMS, norms_for
+from baselines import BASELINES, norms_for
 from clocks import Clock, ContextLost, CpuClock, CudaClock, brief, ceilings
 from inputs import CaseInputs
 from measure import Record, Settings, Variant, measure_cell
+from normalizing import NORMS
 from presets import DTYPES, GROUPS, PRESETS, Case, Preset, case_of
 
 RESULTS = Path(__file__).parent / "results"

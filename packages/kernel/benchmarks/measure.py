@@ -36,7 +36,7 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of the tables: a baseline, and how its q and k are normalised (baselines.NORMS, or "fused")."""
+    """One column of the tables: a baseline, and how its q and k are normalised (normalizing.NORMS, or "fused")."""
 
     baseline: Baseline
     norm: str

@@ -86,7 +86,7 @@ class Preset:
     biases: tuple[str, ...] = ("",)
     positions: tuple[str, ...] = ("",)
     norms: tuple[str, ...] = ("compiled",)
-    """How peers normalise, unless the command line says (baselines.NORMS)."""
+    """How peers normalise, unless the command line says (normalizing.NORMS)."""
 
     def cases(self) -> list[Case]:
         """batch or heads None: as many as make TOKENS tokens of WIDTH; batch AS_LONG: seq_len."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import baselines
 import benchmark
+import normalizing
 import presets
 import targets
 
@@ -89,5 +89,5 @@ def test_each_target_is_covered_by_presets():
     cells = [(case, mode) for case, mode, _ in planned]
     assert all(set(target.cells) <= set(cells) for target in targets.TARGETS)
     every_peer = dict.fromkeys(("fa2", "efficient", "cudnn", "flex"), 3.1)
-    assert {v.status for v in targets.judge(records_for(cells, norms=baselines.NORMS, **every_peer))} == {"holds"}
+    assert {v.status for v in targets.judge(records_for(cells, norms=normalizing.NORMS, **every_peer))} == {"holds"}
     assert all(a != b for a, b in pairwise(cells))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
 import stat
 import sys
 import threading
@@ -12,23 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from flash_cosine_sim_attention import variants
 from flash_cosine_sim_attention._build import (
     BuildError,
-    aot,
     cache,
-    compile_report,
     ninja,
     objects,
     spec,
     toolchain,
-    wheel,
 )
-from flash_cosine_sim_attention._build.compile_report import Report
-from flash_cosine_sim_attention._build.objects import Compiled
-from flash_cosine_sim_attention._build.ptxas import kernel_names, parse, remarks
 from flash_cosine_sim_attention._build.spec import Target, binding_target, variant_target
-from flash_cosine_sim_attention.variants import VARIANTS, variant_for
+from flash_cosine_sim_attention.variants import variant_for
 
 VARIANT = variant_for("sm80", "forward", "bfloat16", 64, "bounded")
 
@@ -253,6 +244,19 @@ class TestCache:
             ninja.num_jobs()
 
 
+class TestObjects:
+    def test_objects_are_kept_and_failures_are_told_one_by_one(self, tools, own_cache):
+        targets = [stub("good", "good"), stub("broken", "bad")]
+        good, bad = objects.compile_objects(targets, tools)
+        assert good.path is not None
+        assert good.path.read_text() == "good"
+        assert bad.path is None
+        assert "x.cu(3): error" in bad.log
+        again, _ = objects.compile_objects(targets, tools)
+        assert again == good
+        assert (own_cache / "calls").read_text().split() == ["good.o"]
+
+
 class TestToolchain:
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch):
@@ -294,123 +298,3 @@ class TestToolchain:
         folder = toolchain._find_torch()
         assert folder == Path(torch.__file__).parent
         assert toolchain._torch_version(folder) == torch.__version__
-
-
-LOG = """\
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN4fcsa14forward_kernelINS_6TraitsILi64EEEEEvNS_13ForwardParamsE' for 'sm_80'
-ptxas info    : Function properties for _ZN4fcsa14forward_kernelINS_6TraitsILi64EEEEEvNS_13ForwardParamsE
-    88 bytes stack frame, 312 bytes spill stores, 8 bytes spill loads
-ptxas info    : Function properties for __internal_fmad
-    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers, 88 bytes cumulative stack size, 128 bytes smem
-ptxas info    : Compile time = 3.0 ms
-ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x in function 'f'
-ptxas info    : Compiling entry function 'other' for 'sm_90a'
-ptxas info    : Function properties for other
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers
-"""
-
-
-class TestCompileReport:
-    def test_parse(self):
-        first, second = parse(LOG)
-        assert (first.arch, first.registers, first.stack, first.spills, first.shared) == ("sm_80", 255, 88, 320, 128)
-        assert (second.symbol, second.arch, second.registers, second.spills) == ("other", "sm_90a", 40, 0)
-        assert len(remarks(LOG)) == 1
-        assert set(kernel_names(kernel.symbol for kernel in (first, second)).values()) == {"forward_kernel", "other"}
-
-    def report(self, log, path=Path("x.o")):
-        return Report(VARIANT, Compiled(variant_target(VARIANT, ("80",)), path, log, 1.5))
-
-    def test_spills_and_remarks_are_problems(self, monkeypatch):
-        monkeypatch.delitem(variants.ALLOWED_SPILLS, "sm80_forward_d64_bounded", raising=False)
-        monkeypatch.setattr(variants, "ALLOWED_SPILLS", {})
-        spill, remark = self.report(LOG).problems()
-        assert "forward_kernel for sm_80 spills 320 bytes, allowed are 0" in spill
-        assert "C7510" in remark
-        assert compile_report.spills([self.report(LOG)]) == {"sm80_forward_d64_bounded": 320}
-        monkeypatch.setitem(variants.ALLOWED_SPILLS, "sm80_forward_d64_bounded", 320)
-        assert len(self.report(LOG).problems()) == 1
-
-    def test_a_variant_that_does_not_compile_is_a_problem(self):
-        (problem,) = self.report("a.cu(1): error: no\n", None).problems()
-        assert "does not compile" in problem
-        assert "a.cu(1): error: no" in problem
-
-    def test_table_has_the_heaviest_kernel_of_each_architecture(self):
-        lines = compile_report.table([self.report(LOG)], all_kernels=False).splitlines()
-        assert len(lines) == 3
-        assert lines[1].split() == [VARIANT.name, "sm_80", "forward_kernel", "255", "88", "320", "128", "1.5"]
-
-    def test_objects_are_kept_and_failures_are_told_one_by_one(self, tools, own_cache):
-        targets = [stub("good", "good"), stub("broken", "bad")]
-        good, bad = objects.compile_objects(targets, tools)
-        assert good.path is not None
-        assert good.path.read_text() == "good"
-        assert bad.path is None
-        assert "x.cu(3): error" in bad.log
-        again, _ = objects.compile_objects(targets, tools)
-        assert again == good
-        assert (own_cache / "calls").read_text().split() == ["good.o"]
-
-    def test_only_known_variants(self, capsys):
-        with pytest.raises(SystemExit):
-            compile_report.main(["--only", "nothing like this"])
-        assert "no variant is called so" in capsys.readouterr().err
-
-
-def compiles_here() -> str | None:
-    try:
-        toolchain.find_toolchain()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
-@pytest.mark.skipif(compiles_here() is not None, reason=f"nothing can be compiled here: {compiles_here()}")
-def test_a_launcher_is_compiled_loaded_and_called():
-    """By the real tools, without a kernel: the runtime that is linked in answers."""
-    source = """
-        #include "params.h"
-        extern "C" __attribute__((visibility("default"))) int small() { return cudaGetLastError() == cudaSuccess; }
-    """
-    target = Target("small", "cuda", ("80",), stub=source)
-    library = cache.ensure([target], toolchain.find_toolchain())["small"]
-    assert isinstance(ctypes.CDLL(str(library)).small(), int)
-
-
-@pytest.mark.skipif(compiles_here() is not None, reason=f"nothing can be compiled here: {compiles_here()}")
-def test_the_ahead_of_time_library_records_what_it_holds(tmp_path, monkeypatch):
-    from flash_cosine_sim_attention import launchers
-
-    library = aot.build_library(("80",), (), tmp_path / "lib")  # the binding alone: kernels take long
-    monkeypatch.setattr(launchers, "LIBRARY_FOLDER", tmp_path / "lib")
-    assert library.exists()
-    assert launchers.in_package(binding_target(), None)
-    assert not launchers.in_package(variant_target(VARIANT, ("80",)), (8, 0))
-    monkeypatch.setattr(launchers, "source_hash", lambda target: "edited")
-    assert not launchers.in_package(binding_target(), None)
-    aot.remove_library(tmp_path / "lib")
-    assert launchers.packaged() is None
-
-
-def test_a_gpu_is_covered_by_machine_code_of_its_generation_or_by_ptx():
-    from flash_cosine_sim_attention.launchers import covers, jit_arch
-
-    assert [c for c in ((8, 0), (8, 6), (9, 0), (12, 0)) if covers(["80"], c)] == [(8, 0), (8, 6)]
-    assert [c for c in ((8, 0), (9, 0), (9, 1), (12, 0)) if covers(["90a"], c)] == [(9, 0)]
-    assert all(covers(["80+", "90a"], c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 1)))
-    assert not covers(["86"], (8, 0))
-    assert [jit_arch(c) for c in ((8, 0), (8, 9), (9, 0), (12, 0))] == ["80", "89", "90a", "120"]
-
-
-def test_platform_tag_of_the_wheel():
-    assert wheel.platform_tag().startswith(("manylinux_", "linux_"))
-    assert wheel.platform_tag().endswith(os.uname().machine)
-
-
-def test_every_variant_names_sources_that_exist():
-    for variant in VARIANTS:
-        assert (spec.CSRC / variant.arch / f"{variant.pass_name}.cuh").exists(), variant.name
