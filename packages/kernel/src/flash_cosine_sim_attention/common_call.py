@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,17 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 _transforms, _autocast = torch._C._functorch.peek_interpreter_stack, torch._C._is_any_autocast_enabled
 
 
-@dataclass(slots=True)
-class Plan:
+class Backward(NamedTuple):
+    """What the first backward settles."""
+
+    run: Callable[..., Any]  # the operator common_backward
+    launcher: int
+    columns: int  # kHeadDim of the variant
+    dq_heads: int  # sizes of its workspaces: cuda.accumulator
+    progress_words: int
+
+
+class Plan(NamedTuple):
     """What a signature settles."""
 
     run: Callable[..., Any]  # the operator common_forward
@@ -38,8 +46,8 @@ class Plan:
     scale: float
     causal: bool
     backend: str
-    backward: tuple[Callable[..., Any], int, int, bool] | None = None
-    """Settled by the first backward: the operator, launcher, kHeadDim, whether its kernels can add to dq in order."""
+    backward: dict[bool, Backward]
+    """By whether it is to be deterministic, once there was one."""
 
 
 Signature = tuple
@@ -96,7 +104,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: 
     if launcher is None:
         return None
     run = torch.ops.flash_cosine_sim_attention.common_forward.default._op
-    return Plan(run, launcher.address, float(scale), causal, backend or "")
+    return Plan(run, launcher.address, float(scale), causal, backend or "", {})
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Problem:
@@ -118,32 +126,33 @@ class _CommonCall(torch.autograd.Function):
         if dout is None or type(dout) is not Tensor or torch.is_grad_enabled() or _is_watched():
             return _backward_in_full(ctx, dout, dlse)
         plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
-        settled = plan.backward or _settle_backward(plan, q, k, v)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        settled = plan.backward.get(deterministic) or _settle_backward(plan, q, k, v, deterministic)
         if settled is None:
             return _backward_in_full(ctx, dout, dlse)
         if dout.stride() != out.stride() or dout.data_ptr() % 16:
             dout = _with_rows(dout)
-        run, launcher, columns, adds_in_order = settled
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        run, launcher, *sizes = settled
         tensors = (dout, None if dlse is None else dlse.contiguous(), out, left, lse, q, k, v)
-        options = (plan.scale, plan.causal, columns, adds_in_order, deterministic)
-        return *run(launcher, *tensors, *options, wanted[0], wanted[1], wanted[2]), None, None
+        return *run(launcher, *tensors, plan.scale, plan.causal, *sizes, deterministic, *wanted[:3]), None, None
 
 
 _apply = super(torch.autograd.Function, _CommonCall).apply
 """Without a look for tensors of functorch, which `_is_watched` has ruled out: 1.5 us."""
 
 
-def _settle_backward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple | None:
+def _settle_backward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Backward | None:
     """The kernel that the usual way would take; None if none serves."""
     problem = _problem(q, k, v, plan.scale, plan.causal)
     kernels = backends.implementation(problem, plan.backend)
     assert isinstance(kernels, cuda.CudaKernels)
     launcher = kernels.launcher("backward", problem)
-    if launcher is not None:
-        run = torch.ops.flash_cosine_sim_attention.common_backward.default._op
-        plan.backward = (run, launcher.address, launcher.head_dim, launcher.arch == "sm90")
-    return plan.backward
+    if launcher is None:
+        return None
+    run = torch.ops.flash_cosine_sim_attention.common_backward.default._op
+    sizes = cuda.accumulator(launcher, problem, deterministic)
+    settled = plan.backward[deterministic] = Backward(run, launcher.address, launcher.head_dim, *sizes)
+    return settled
 
 
 def _with_rows(x: Tensor) -> Tensor:

@@ -306,6 +306,14 @@ def launch_backward(
         torch.sum(dscale_rows, (0, 1, 3), out=gradients.dscale)
 
 
+def accumulator(launcher: Launcher, problem: Problem, deterministic: bool) -> tuple[int, int]:
+    """For how many heads dq_accum has room, and the size of dq_progress (csrc/params.h); 0 for none."""
+    (b0, b1, heads), (kv_heads, keys) = problem.q.shape[:3], problem.k.shape[2:4]
+    if not deterministic:
+        return b0 * b1 * heads, 0
+    return (b0 * b1 * heads, b0 * b1 * kv_heads * -(-keys // 128) * 2) if launcher.arch == "sm90" else (0, 0)
+
+
 def empty_forward(outputs: Outputs) -> None:
     """No query, no key or no batch: an attention over nothing is 0."""
     outputs.out.zero_()

@@ -422,12 +422,12 @@ std::tuple<Tensor, Tensor, OptionalTensor> common_forward(int64_t launcher, Tens
   return {out, left, lse};
 }
 
-// left, lse: of the forward; columns: kHeadDim of the variant; adds_in_order: what the kernels do where they are to be deterministic
-// (else they add to dq_accum in any order, or, deterministic, not at all).
+// left, lse: of the forward; columns: kHeadDim of the variant; dq_heads: for how many dq_accum has room, 0: made without it;
+// progress_words: the size of dq_progress, 0: none.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
     int64_t launcher, Tensor dout, OptionalTensor dlse, Tensor out, Tensor left, OptionalTensor lse, Tensor q, Tensor k, Tensor v,
-    double scale_value, bool causal, int64_t columns, bool adds_in_order, bool deterministic, bool wants_dq, bool wants_dk,
-    bool wants_dv) {
+    double scale_value, bool causal, int64_t columns, int64_t dq_heads, int64_t progress_words, bool deterministic, bool wants_dq,
+    bool wants_dk, bool wants_dv) {
   fcsa::BackwardParams p{};
   set_common_problem(p, q, k, v, scale_value, causal);
   const int64_t batch = p.b0, heads = p.heads, kv_heads = p.kv_heads, queries = p.num_queries, keys = p.num_keys;
@@ -448,20 +448,19 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
   if (wants_dk) dk = empty_like(k), p.dk = dk->data_ptr(), p.dk_strides = row_strides("dk", *dk);
   if (wants_dv) dv = empty_like(v), p.dv = dv->data_ptr(), p.dv_strides = row_strides("dv", *dv);
 
-  const int64_t rows = batch * heads * ((queries + 127) / 128 * 128);
-  const bool accumulates = wants_dq && (!deterministic || adds_in_order), ordered = accumulates && deterministic;
+  const int64_t rows = (queries + 127) / 128 * 128;
   const bool copies = q.scalar_type() == ScalarType::Half;  // as launch_backward's caller has them
-  const auto floats_of = [&](bool wanted, int64_t count) { return wanted ? count : 0; };
+  if (!wants_dq) dq_heads = progress_words = 0;
   Places places;
-  const int64_t query_rows = places.take(rows * 4), dq_accum = places.take(floats_of(accumulates, rows * columns));
-  const int64_t progress = places.take(floats_of(ordered, batch * kv_heads * ((keys + 127) / 128) * 2));
-  const int64_t q_unit = places.take(floats_of(copies, batch * heads * queries * width / 2));
-  const int64_t k_unit = places.take(floats_of(copies, batch * kv_heads * keys * width / 2));
+  const int64_t query_rows = places.take(batch * heads * rows * 4), dq_accum = places.take(dq_heads * rows * columns);
+  const int64_t progress = places.take(progress_words);
+  const int64_t q_unit = places.take(copies ? batch * heads * queries * width / 2 : 0);
+  const int64_t k_unit = places.take(copies ? batch * kv_heads * keys * width / 2 : 0);
   Tensor workspace = empty_floats(q, places.floats);  // goes back to the stream's pool, behind the launch
   float* memory = static_cast<float*>(workspace.data_ptr());
   p.query_rows = reinterpret_cast<float4*>(memory + query_rows);
-  if (accumulates) p.dq_accum = memory + dq_accum;
-  if (ordered) p.dq_progress = reinterpret_cast<uint32_t*>(memory + progress);
+  if (dq_heads > 0) p.dq_accum = memory + dq_accum;
+  if (progress_words > 0) p.dq_progress = reinterpret_cast<uint32_t*>(memory + progress);
   if (copies) p.q_unit = memory + q_unit, p.k_unit = memory + k_unit;
   p.deterministic = deterministic;
   launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
@@ -481,7 +480,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "-> (Tensor out, Tensor left, Tensor? lse)");
   m.def(
       "common_backward(int launcher, Tensor dout, Tensor? dlse, Tensor out, Tensor left, Tensor? lse, Tensor q, Tensor k, Tensor v, "
-      "float scale_value, bool causal, int columns, bool adds_in_order, bool deterministic, "
+      "float scale_value, bool causal, int columns, int dq_heads, int progress_words, bool deterministic, "
       "bool wants_dq, bool wants_dk, bool wants_dv) -> (Tensor? dq, Tensor? dk, Tensor? dv)");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
