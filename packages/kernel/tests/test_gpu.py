@@ -82,9 +82,11 @@ def configurations(draw) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False)
+@pytest.mark.parametrize("part", range(4))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=False)
 @given(configuration=configurations(), lse=st.booleans(), backend=st.sampled_from(["sm80", None]))
-def test_random_configurations(configuration, lse, backend):
+def test_random_configurations(part, configuration, lse, backend):
+    """200 of them, in parts that test processes share."""
     assert_close_to_reference(cuda(**configuration), backend=backend, lse=lse)
 
 

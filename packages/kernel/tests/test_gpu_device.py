@@ -37,12 +37,13 @@ class TestDeterminism:
 
     @pytest.mark.parametrize(("d", "causal"), [(64, True), (128, False)])
     def test_problems_that_take_turns(self, d, causal, backend):
-        """Each leaves in the workspaces what is wrong for the other: a kernel that reads too early shows."""
+        """Each leaves in the workspaces what is wrong for the other: a kernel that reads too early shows. The sm80
+        kernels start none before its time."""
         problems = [cuda((4,), 8, nq=512, d=d, dtype=torch.float16, causal=causal, seed=seed) for seed in (1, 2)]
         torch.use_deterministic_algorithms(True)
         try:
             first = [self.gradients(x, backend) for x in problems]
-            for turn in range(1000):
+            for turn in range(1000 if backend is None else 100):
                 again = self.gradients(problems[turn % 2], backend)
                 assert all(torch.equal(again[name], expected) for name, expected in first[turn % 2].items()), turn
         finally:
