@@ -114,15 +114,20 @@ __device__ __forceinline__ void issue_scores(float (&s)[Traits::kParts][Traits::
   }
 }
 
-// Issues O += P v; not waited for.
+// Issues O += P v, and with kSumsByProducts the row sums += P 1; not waited for.
 template <class Traits>
-__device__ __forceinline__ void issue_output(float (&o)[Traits::kHeadDim / 2],
+__device__ __forceinline__ void issue_output(float (&o)[Traits::kOutColumns / 2],
                                              const uint32_t (&probabilities)[Traits::kBlockN / 16][4],
-                                             const typename Traits::KeyTile& v) {
+                                             const ForwardStorage<Traits>& smem, int stage) {
+  using Element = typename Traits::Element;
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-    wgmma_rs_transposed<typename Traits::Element, true>(o, probabilities[step], v.descriptor_transposed(step * 16));
+    if constexpr (Traits::kSumsByProducts) {
+      wgmma_rs_transposed<Element, true>(o, probabilities[step], smem.v[stage].descriptor_transposed(step * 16, smem.ones));
+    } else {
+      wgmma_rs_transposed<Element, true>(o, probabilities[step], smem.v[stage].descriptor_transposed(step * 16));
+    }
   }
   wgmma_commit();
 }
@@ -178,7 +183,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[Traits::kPartN / 2], flo
           if (kMasked && !visible(half, first + (i + next) * 8 + c)) p[c] = 0.0f;
           s[(i + next) * 4 + half * 2 + c] = p[c];
         }
-        sum[half] += p[0] + p[1];
+        if constexpr (!Traits::kSumsByProducts) sum[half] += p[0] + p[1];
       }
     }
   }
@@ -228,7 +233,7 @@ __device__ __forceinline__ void exponentiate_logits(float (&s)[Traits::kBlockN /
                                                     const RunningMaximum& maximum) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sum[half] *= maximum.factor[half];
+    if constexpr (!Traits::kSumsByProducts) sum[half] *= maximum.factor[half];
     const float shift = maximum.shift[half] == -INFINITY ? 0.0f : maximum.shift[half];  // all of the row is -inf
 #pragma unroll
     for (int i = 0; i < Traits::kBlockN / 8; ++i) {
@@ -236,7 +241,7 @@ __device__ __forceinline__ void exponentiate_logits(float (&s)[Traits::kBlockN /
       for (int c = 0; c < 2; ++c) {
         float& x = s[i * 4 + half * 2 + c];
         x = exp2_approx(x - shift);
-        sum[half] += x;
+        if constexpr (!Traits::kSumsByProducts) sum[half] += x;
       }
     }
   }
@@ -313,10 +318,10 @@ struct KeyTileView {
 template <class Traits>
 struct Accumulators {
   QueryFragments<Traits> q;
-  float o[Traits::kHeadDim / 2];
+  float o[Traits::kOutColumns / 2];
   float s[Traits::kParts][Traits::kPartN / 2];
   uint32_t probabilities[Traits::kBlockN / 16][4];
-  float sum[2];
+  float sum[2];            // this lane's part, where they are not columns of o
   RunningMaximum maximum;  // where the logits are not bounded
 };
 
@@ -356,7 +361,7 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
                                             const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
   wait(smem.full_v[previous.stage], previous.phase);
   issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
-  issue_output<Traits>(acc.o, acc.probabilities, smem.v[previous.stage]);
+  issue_output<Traits>(acc.o, acc.probabilities, smem, previous.stage);
   exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
@@ -364,7 +369,7 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
   if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
     if (acc.maximum.any_raised()) {
 #pragma unroll
-      for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc.o[i] *= acc.maximum.factor[i / 2 % 2];
+      for (int i = 0; i < Traits::kOutColumns / 2; ++i) acc.o[i] *= acc.maximum.factor[i / 2 % 2];
     }
   }
   pack_probabilities<Traits>(acc.probabilities, acc.s);
@@ -409,7 +414,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
 
   if (!Traits::kQueriesInRegisters) arrive(smem.empty_q);
   wait(smem.full_v[state.ring.stage], state.ring.phase);
-  issue_output<Traits>(acc.o, acc.probabilities, smem.v[state.ring.stage]);
+  issue_output<Traits>(acc.o, acc.probabilities, smem, state.ring.stage);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
   if (thread.releases) arrive(smem.empty_v[state.ring.stage]);
@@ -427,7 +432,7 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
   Accumulators<Traits> acc;
   acc.sum[0] = acc.sum[1] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < Traits::kHeadDim / 2; ++i) acc.o[i] = 0.0f;
+  for (int i = 0; i < Traits::kOutColumns / 2; ++i) acc.o[i] = 0.0f;
 
   RowFactors<Traits> rows;
   rows.shift = bounded_shift<typename Traits::Element>(p.bound) * kLog2e;
@@ -469,6 +474,17 @@ __device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& 
   }
 }
 
+// What the row sums are made of; the tensor cores read it like a tile that TMA wrote.
+template <class Traits>
+__device__ __forceinline__ void write_ones(ForwardStorage<Traits>& smem) {
+  if constexpr (Traits::kSumsByProducts) {
+    using Element = typename Traits::Element;
+    const uint32_t ones = pack<Element>(1.0f, 1.0f);
+    for (int i = threadIdx.x; i < 16 * 64 / 2; i += Traits::kThreads) reinterpret_cast<uint32_t*>(smem.ones)[i] = ones;
+    fence_async_shared();
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void initialize_barriers(ForwardStorage<Traits>& smem) {
   if (threadIdx.x == 0) {
@@ -493,6 +509,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                    const __grid_constant__ Schedule schedule) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& smem = *reinterpret_cast<ForwardStorage<Traits>*>(raw);
+  write_ones<Traits>(smem);
   initialize_barriers<Traits>(smem);
   if (threadIdx.x < 128) {
     shrink_registers<Traits::kProducerRegisters>();

@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_row(typename Traits::Element* row, uint32_
 
 template <class Traits>
 __device__ __forceinline__ void store_results(const ForwardParams& p, const BlockOfQueries<Traits>& block, int row,
-                                              const float (&o)[Traits::kHeadDim / 2], const float (&sum)[2],
+                                              const float (&o)[Traits::kOutColumns / 2], const float (&sum)[2],
                                               const float (&rnorm)[2], const float (&shift)[2], bool write_rnorm) {
   using Element = typename Traits::Element;
   const int64_t first_row = block.first_row(p);
@@ -45,7 +45,12 @@ __device__ __forceinline__ void store_results(const ForwardParams& p, const Bloc
   Element* out = static_cast<Element*>(p.out) + block.b0 * strides.b0 + block.b1 * strides.b1 + block.head * strides.head;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float total = lane_sum<4>(sum[half]);
+    float total;
+    if constexpr (Traits::kSumsByProducts) {
+      total = o[Traits::kHeadDim / 2 + half * 2];
+    } else {
+      total = lane_sum<4>(sum[half]);
+    }
     const float reciprocal = total == 0.0f ? 0.0f : 1.0f / total;
     const int query = block.first_query + row + half * 8;
     const bool valid = query < p.num_queries;

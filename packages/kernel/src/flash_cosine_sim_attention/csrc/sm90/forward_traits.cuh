@@ -31,6 +31,9 @@ struct ForwardTraits {
   static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
   static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
   static constexpr int kPartN = kBlockN / kParts;
+  // The row sums as another eight columns of O, from ones beside V: an addition a score less for an eighth more of that product.
+  static constexpr bool kSumsByProducts = kHeadDim == 64;
+  static constexpr int kOutColumns = kHeadDim + (kSumsByProducts ? 8 : 0);
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
   // setmaxnreg moves registers within what the block was launched with; asking for more waits for ever.
@@ -59,6 +62,7 @@ struct ForwardStorage {
   typename Traits::QueryTile q;
   typename Traits::KeyTile k[Traits::kStages];
   typename Traits::KeyTile v[Traits::kStages];
+  alignas(1024) typename Traits::Element ones[Traits::kSumsByProducts ? 16 * 64 : 1];
   uint32_t item;  // whose queries are in q; num_items or more: there are no more
   alignas(16) float k_factor[Traits::kFactorStages][Traits::kBlockN];
   KeyTileRecord<Traits> records[Traits::kKeyMask ? Traits::kFactorStages : 1];  // slots as those of k_factor

@@ -34,6 +34,14 @@ struct PanelTile {
   }
   __host__ __device__ static constexpr uint64_t row_step(int row) { return row * kPanelCols / 8; }
 
+  // The same for a tile of one panel, continued by the columns of `beside`, 16 rows of a panel at a higher address.
+  __device__ uint64_t descriptor_transposed(int row, const Element (&beside)[16 * kPanelCols]) const {
+    static_assert(kPanels == 1);
+    const uint32_t distance = static_cast<uint32_t>(reinterpret_cast<const char*>(beside) - reinterpret_cast<const char*>(data));
+    const uint32_t offset = static_cast<uint32_t>(row_step(row));
+    return make_descriptor(distance / 16, offset - (offset << 16));
+  }
+
   // Where the eight columns from `col` (a multiple of 8) of `row` lie.
   __device__ const Element* chunk(int row, int col) const { return data + chunk_offset(row, col); }
   __device__ Element* chunk(int row, int col) { return data + chunk_offset(row, col); }

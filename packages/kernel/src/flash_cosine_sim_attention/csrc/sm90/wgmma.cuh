@@ -52,6 +52,7 @@ __device__ __forceinline__ uint64_t opaque_descriptor(uint64_t descriptor) {
 #define FCSA_F32(c, d, i) FCSA_F16(c, d, i), FCSA_F16(c, d, i + 16)
 #define FCSA_OPERANDS_32(c, d) FCSA_F16(c, d, 0)
 #define FCSA_OPERANDS_64(c, d) FCSA_F32(c, d, 0)
+#define FCSA_OPERANDS_72(c, d) FCSA_F32(c, d, 0), c(d[32]), c(d[33]), c(d[34]), c(d[35])
 #define FCSA_OPERANDS_96(c, d) FCSA_F32(c, d, 0), FCSA_F16(c, d, 32)
 #define FCSA_OPERANDS_128(c, d) FCSA_F32(c, d, 0), FCSA_F32(c, d, 32)
 #define FCSA_OPERANDS_192(c, d) FCSA_F32(c, d, 0), FCSA_F32(c, d, 32), FCSA_F32(c, d, 64)
@@ -59,6 +60,9 @@ __device__ __forceinline__ uint64_t opaque_descriptor(uint64_t descriptor) {
 #define FCSA_REGISTERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FCSA_REGISTERS_64 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                           "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FCSA_REGISTERS_72 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                          "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                          "%32, %33, %34, %35"
 #define FCSA_REGISTERS_96 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                           "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
                           "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -125,6 +129,7 @@ __device__ __forceinline__ uint64_t opaque_descriptor(uint64_t descriptor) {
 
 FCSA_DEFINE_WGMMA(32, 16, 17, 18, 19, 20)
 FCSA_DEFINE_WGMMA(64, 32, 33, 34, 35, 36)
+FCSA_DEFINE_WGMMA(72, 36, 37, 38, 39, 40)
 FCSA_DEFINE_WGMMA(96, 48, 49, 50, 51, 52)
 FCSA_DEFINE_WGMMA(128, 64, 65, 66, 67, 68)
 FCSA_DEFINE_WGMMA(192, 96, 97, 98, 99, 100)
@@ -138,6 +143,8 @@ FCSA_DEFINE_WGMMA(256, 128, 129, 130, 131, 132)
 #undef FCSA_OPERANDS_32
 #undef FCSA_REGISTERS_64
 #undef FCSA_OPERANDS_64
+#undef FCSA_REGISTERS_72
+#undef FCSA_OPERANDS_72
 #undef FCSA_REGISTERS_96
 #undef FCSA_OPERANDS_96
 #undef FCSA_REGISTERS_128
