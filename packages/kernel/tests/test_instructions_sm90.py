@@ -59,6 +59,13 @@ def test_product_of_a_warpgroup(library, device, n, dtype, transposed):
     close(d, (a.T if transposed[0] else a).double() @ (b if transposed[1] else b.T).double())
 
 
+def test_product_and_row_sums(library, device):
+    a, b = torch.randn(64, 128).to(device, torch.bfloat16), torch.randn(128, 64).to(device, torch.bfloat16)
+    d = torch.full((64, 72), float("nan"), device=device)
+    call(library.run_product_and_sums, a, b, d)
+    close(d, torch.cat([a.double() @ b.double(), a.double().sum(1, keepdim=True).expand(64, 8)], 1))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_result_as_operand_by_stmatrix(library, device, transposed):
     a, b = torch.randn(2, 64, 64).to(device, torch.bfloat16)

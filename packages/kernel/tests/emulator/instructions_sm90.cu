@@ -92,6 +92,50 @@ cudaError_t product_of(bool transpose_a, bool transpose_b, const void* a, const 
   return product<Element, kN, false, false>(a, b, d);
 }
 
+// D (64, 72) = A [V | ones]: A (64, kK) from registers, V (kK, 64), the last eight columns from a panel of ones of 16 rows.
+struct SumStorage {
+  PanelTile<__nv_bfloat16, 64, kK> a;
+  PanelTile<__nv_bfloat16, kK, 64> b;
+  alignas(1024) __nv_bfloat16 ones[16 * 64];
+  uint64_t full;
+};
+
+__global__ void __launch_bounds__(128)
+    sum_kernel(float* d_out, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& smem = *reinterpret_cast<SumStorage*>(raw);
+  for (int i = threadIdx.x; i < 16 * 64; i += 128) smem.ones[i] = __float2bfloat16(1.0f);
+  fence_async_shared();
+  load_both(smem, a, b);
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+  uint32_t words[kK / 16][4];
+#pragma unroll
+  for (int step = 0; step < kK / 16; ++step) load_matrix_x4(words[step], smem.a.chunk(row, step * 16 + lane / 16 * 8));
+  float d[36];
+#pragma unroll
+  for (int i = 0; i < 36; ++i) d[i] = 0.0f;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kK / 16; ++step) {
+    wgmma_rs_transposed<__nv_bfloat16, true>(d, words[step], smem.b.descriptor_transposed(step * 16, smem.ones));
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_pin(d);
+  store<72>(d_out, d);
+}
+
+cudaError_t product_and_sums(const void* a, const void* b, float* d) {
+  TensorMap a_map, b_map;
+  cudaError_t error = make_map<decltype(SumStorage::a)>(&a_map, a);
+  if (error == cudaSuccess) error = make_map<decltype(SumStorage::b)>(&b_map, b);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SumStorage));
+  if (error != cudaSuccess) return error;
+  sum_kernel<<<1, 128, sizeof(SumStorage), 0>>>(d, a_map, b_map);
+  return cudaGetLastError();
+}
+
 // S = A B^T as bfloat16 through shared memory, by stmatrix, into a second product: D (64, 32) = S B[:, :32].
 // kTransposed: S is stored as [key][query], and read as a transposed A.
 template <bool kTransposed>
@@ -217,6 +261,8 @@ FCSA_EXPORT run_product(int n, bool half, bool transpose_a, bool transpose_b, co
   }
   return cudaErrorInvalidValue;
 }
+
+FCSA_EXPORT run_product_and_sums(const void* a, const void* b, float* d) { return fcsa::sm90::product_and_sums(a, b, d); }
 
 FCSA_EXPORT run_chain(bool transposed, const void* a, const void* b, float* d) {
   return transposed ? fcsa::sm90::chain<true>(a, b, d) : fcsa::sm90::chain<false>(a, b, d);
