@@ -14,6 +14,7 @@ inline void fence_mbarrier_init(int, int) {}
 }  // namespace ptx
 
 inline void wait(uint64_t& barrier, uint32_t phase) { emulator::barrier_wait(&barrier, phase); }
+inline bool has_ended(uint64_t& barrier, uint32_t phase) { return emulator::barrier_passed(&barrier, phase); }
 inline void arrive(uint64_t& barrier) { emulator::barrier_arrive(&barrier, 0); }
 inline void arrive_and_expect(uint64_t& barrier, uint32_t bytes) { emulator::barrier_arrive(&barrier, bytes); }
 

@@ -276,10 +276,29 @@ struct ConsumerState {
   RingPosition<Traits::kStages> ring;
   RingPosition<Traits::kFactorStages> factors;
   uint32_t q_phase = 0;
+  bool next_k_is_there = false, v_is_there = false;  // seen by look_ahead()
 
   __device__ __forceinline__ void advance() {
     ring.advance();
     factors.advance();
+  }
+
+  // Looks, while products are under way, at the barriers that the next of them wait for: that wait then costs no time.
+  __device__ __forceinline__ void look_ahead(ForwardStorage<Traits>& smem) {
+    auto next = ring;
+    next.advance();
+    next_k_is_there = has_ended(smem.full_k[next.stage], next.phase);
+    v_is_there = has_ended(smem.full_v[ring.stage], ring.phase);
+  }
+
+  __device__ __forceinline__ void wait_for_k(ForwardStorage<Traits>& smem) {
+    if (!next_k_is_there) wait(smem.full_k[ring.stage], ring.phase);
+    next_k_is_there = false;
+  }
+
+  // v: of the tile that was looked at last, the one before `ring` in the middle of a walk.
+  __device__ __forceinline__ void wait_for_v(ForwardStorage<Traits>& smem, const RingPosition<Traits::kStages>& v) {
+    if (!v_is_there) wait(smem.full_v[v.stage], v.phase);
   }
 };
 
@@ -290,12 +309,12 @@ struct KeyTileView {
   bool last;  // with a key mask only, as the next
   KeyBits<Traits::kBlockN> visible;
 
-  __device__ __forceinline__ static KeyTileView first(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+  __device__ __forceinline__ static KeyTileView first(ForwardStorage<Traits>& smem, ConsumerState<Traits>& state,
                                                       const BlockOfQueries<Traits>& block) {
     return at(smem, state, (block.num_tiles - 1) * Traits::kBlockN);
   }
 
-  __device__ __forceinline__ static KeyTileView next(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
+  __device__ __forceinline__ static KeyTileView next(ForwardStorage<Traits>& smem, ConsumerState<Traits>& state,
                                                      const KeyTileView& previous) {
     return at(smem, state, previous.first_key - Traits::kBlockN);
   }
@@ -305,9 +324,8 @@ struct KeyTileView {
   }
 
  private:
-  __device__ __forceinline__ static KeyTileView at(ForwardStorage<Traits>& smem, const ConsumerState<Traits>& state,
-                                                   int first_key) {
-    wait(smem.full_k[state.ring.stage], state.ring.phase);
+  __device__ __forceinline__ static KeyTileView at(ForwardStorage<Traits>& smem, ConsumerState<Traits>& state, int first_key) {
+    state.wait_for_k(smem);
     if constexpr (!Traits::kKeyMask) return {first_key, false, {}};
     const KeyTileRecord<Traits>& record = smem.records[state.factors.stage];
     return {record.tile * Traits::kBlockN, record.last, record.visible};
@@ -358,10 +376,11 @@ template <class Traits, bool kMasked>
 __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
                                             const ConsumerThread& thread, const RowFactors<Traits>& rows,
                                             const RingPosition<Traits::kStages>& previous,
-                                            const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
-  wait(smem.full_v[previous.stage], previous.phase);
+                                            ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
+  state.wait_for_v(smem, previous);
   issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
   issue_output<Traits>(acc.o, acc.probabilities, smem, previous.stage);
+  state.look_ahead(smem);
   exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
@@ -382,6 +401,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
                                        const RowFactors<Traits>& rows, ConsumerState<Traits>& state) {
   auto tile = KeyTileView<Traits>::first(smem, state, block);
   issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  state.look_ahead(smem);
   exponentiate_tile<Traits, true, 0>(acc, smem, thread, rows, state, tile);
   pack_probabilities<Traits>(acc.probabilities, acc.s);
 
@@ -413,7 +433,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
   }
 
   if (!Traits::kQueriesInRegisters) arrive(smem.empty_q);
-  wait(smem.full_v[state.ring.stage], state.ring.phase);
+  state.wait_for_v(smem, state.ring);
   issue_output<Traits>(acc.o, acc.probabilities, smem, state.ring.stage);
   wgmma_wait<0>();
   wgmma_pin(acc.o);

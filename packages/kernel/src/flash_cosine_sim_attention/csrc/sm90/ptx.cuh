@@ -26,6 +26,11 @@ __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
   }
 }
 
+// Whether that phase has ended; does not wait.
+__device__ __forceinline__ bool has_ended(uint64_t& barrier, uint32_t phase) {
+  return ptx::mbarrier_test_wait_parity(&barrier, phase);
+}
+
 __device__ __forceinline__ void arrive(uint64_t& barrier) {
   ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &barrier);
 }
