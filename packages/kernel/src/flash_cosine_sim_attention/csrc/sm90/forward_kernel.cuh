@@ -285,6 +285,7 @@ struct ConsumerState {
 
   // Looks, while products are under way, at the barriers that the next of them wait for: that wait then costs no time.
   __device__ __forceinline__ void look_ahead(ForwardStorage<Traits>& smem) {
+    if constexpr (!Traits::kLooksAhead) return;
     auto next = ring;
     next.advance();
     next_k_is_there = has_ended(smem.full_k[next.stage], next.phase);

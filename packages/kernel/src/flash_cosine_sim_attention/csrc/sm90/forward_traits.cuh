@@ -31,8 +31,10 @@ struct ForwardTraits {
   static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
   static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
   static constexpr int kPartN = kBlockN / kParts;
-  // The row sums as another eight columns of O, from ones beside V: an addition a score less for an eighth more of that product.
+  // At head dim 64, where a tile's products are short: the row sums as another eight columns of O, from ones beside V, an
+  // addition a score less for an eighth more of that product; and barriers looked at before they are waited for.
   static constexpr bool kSumsByProducts = kHeadDim == 64;
+  static constexpr bool kLooksAhead = kHeadDim == 64;
   static constexpr int kOutColumns = kHeadDim + (kSumsByProducts ? 8 : 0);
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
