@@ -59,7 +59,7 @@ def serve_on_the_cpu(monkeypatch):
     def serve(address, arch="sm80"):
         monkeypatch.setattr(launchers, "address", address)
         monkeypatch.setattr(cuda, "capability_of", lambda device: (9, 0) if arch == "sm90" else (8, 0))
-        monkeypatch.setattr(common_call, "_plans", {})
+        common_call.forget()
         monkeypatch.setattr(cuda, "workspace", poisoned)
         monkeypatch.setattr(kernel_form, "workspace", poisoned)
         monkeypatch.setitem(cuda.FORCED, arch, cuda.CudaKernels(arch))

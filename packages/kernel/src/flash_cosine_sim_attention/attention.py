@@ -78,10 +78,9 @@ def flash_cosine_sim_attention(
         >>> flash_cosine_sim_attention(q, k, v, causal=True).shape
         torch.Size([2, 8, 1024, 64])
     """
-    key = None
-    if mask is None and attn_bias is None and groups == 1 and l2norm_qk:
-        key = common_call.signature(q, k, v, scale, causal, backend)
-        known = None if key is None else common_call.attend(key, q, k, v, return_lse)
+    is_plain = mask is None and attn_bias is None and groups == 1 and l2norm_qk
+    if is_plain:
+        known = common_call.attend(q, k, v, scale, causal, backend, return_lse)
         if known is not None:
             return known
     q, k, v = _autocast(q, k, v)
@@ -97,8 +96,8 @@ def flash_cosine_sim_attention(
     if backends.uses_sdpa(*fields[:5], causal, return_lse, toeplitz, backend):
         return restore(sdpa.attention(*fields, groups, causal, l2norm_qk), q)
     out, lse, _, _ = ops.forward(*fields, groups, causal, l2norm_qk, toeplitz, backend or "")
-    if key is not None:
-        common_call.remember(key, q, k, v)
+    if is_plain:
+        common_call.remember(q, k, v, scale, causal, backend)
     out = restore(out, q)
     return (out, restore(lse, q)) if return_lse else out
 

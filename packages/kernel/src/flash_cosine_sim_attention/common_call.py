@@ -3,14 +3,14 @@
 Half precision, (b, h, n, d) tensors in the kernels' form, one group, norm inside, a number as scale; no mask, no bias;
 plain eager code. The first call of a signature (sizes, strides, dtypes, device, options) goes the usual way; if a CUDA
 kernel serves it, later ones go from here straight to one operator that allocates and launches, and so do their
-backwards (common_forward and common_backward in csrc/torch_binding.cpp). Everything else is left to `attention.py`.
+backwards (common_forward and common_backward in csrc/torch_binding.cpp, which knows the signatures). Everything else is
+left to `attention.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,47 +23,37 @@ from .problem import Problem
 MAX_SIGNATURES = 4096
 """Where lengths never repeat, the memory of signatures starts anew."""
 
-_PLAIN = (Tensor, Parameter)
+FORWARD, BACKWARD, DETERMINISTIC_BACKWARD = range(3)
+"""`Pass` in torch_binding.cpp."""
+
+_PLAIN, _HALF = (Tensor, Parameter), (torch.float16, torch.bfloat16)
+_BACKENDS = {None: 0, "sm80": 80, "sm90": 90}
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _autocast = torch._C._functorch.peek_interpreter_stack, torch._C._is_any_autocast_enabled
 
-
-class Backward(NamedTuple):
-    """What the first backward settles."""
-
-    run: Callable[..., Any]  # the operator common_backward
-    launcher: int
-    columns: int  # kHeadDim of the variant
-    dq_heads: int  # sizes of its workspaces: cuda.accumulator
-    progress_words: int
+_settled: set[tuple] = set()  # signatures of which it is settled how their calls go
+_forward: Any = None  # the operators, once a signature has been remembered
+_backward: Any = None
 
 
-class Plan(NamedTuple):
-    """What a signature settles."""
-
-    run: Callable[..., Any]  # the operator common_forward
-    launcher: int
-    scale: float
-    causal: bool
-    backend: str
-    backward: dict[bool, Backward]
-    """By whether it is to be deterministic, once there was one."""
-
-
-Signature = tuple
-_plans: dict[Signature, Plan | None] = {}  # None: goes the usual way
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """What a call with neither mask nor bias returns; None where it is to go the usual way."""
+    if not _is_common(q, k, v, scale, backend) or _forward is None:
+        return None
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
+        return _apply(q, k, v, scale, causal, _BACKENDS[backend], return_lse)
+    out, _, lse = _forward(q, k, v, scale, causal, _BACKENDS[backend], return_lse)
+    return (out, lse) if return_lse and out is not None else out
 
 
-def signature(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None
-) -> Signature | None:
-    """What decides how a call with neither mask nor bias is served; None for what is no common call."""
+def _is_common(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, backend: str | None) -> bool:
     if torch.compiler.is_compiling() or _is_watched() or type(scale) not in (float, int):
-        return None
+        return False
     if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
-        return None
-    tensors = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype)
-    return (*tensors, q.device, k.device, v.device, scale, causal, backend)
+        return False
+    return q.dtype in _HALF and backend in _BACKENDS
 
 
 def _is_watched() -> bool:
@@ -71,40 +61,45 @@ def _is_watched() -> bool:
     return bool(_dispatch_modes() or _function_modes() or _autocast() or _transforms() is not None)
 
 
-def attend(key: Signature, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor] | None:
-    """What the call returns; None where it is to go the usual way."""
-    plan = _plans.get(key)
-    if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        return None
-    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-        return _apply(q, k, v, plan, return_lse)
-    out, _, lse = plan.run(plan.launcher, q, k, v, plan.scale, plan.causal, return_lse)
-    return (out, lse) if return_lse else out
-
-
-def remember(key: Signature, q: Tensor, k: Tensor, v: Tensor) -> None:
+def remember(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None) -> None:
     """After a call went the usual way: how the next one of its signature goes."""
-    if key in _plans:
+    if not _is_common(q, k, v, scale, backend):
         return
-    if len(_plans) >= MAX_SIGNATURES:
-        _plans.clear()
-    _plans[key] = _plan(q, k, v, *key[-3:])
+    tensors = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype)
+    signature = (*tensors, q.device, k.device, v.device, scale, causal, backend)
+    if signature in _settled or any(x.data_ptr() % 16 for x in (q, k, v)):
+        return
+    if len(_settled) >= MAX_SIGNATURES:
+        forget()
+    _settled.add(signature)
+    problem = _problem(q, k, v, float(scale), causal)
+    launcher = _launcher("forward", problem, backend or "") if _has_form(q, k, v, problem) else None
+    if launcher is not None:
+        _remember(FORWARD, (q, k, v, scale, causal, _BACKENDS[backend]), launcher.address, 0, 0, 0)
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str | None) -> Plan | None:
-    if q.ndim != 4 or k.ndim != 4 or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] % 8:
-        return None
-    if v.shape[-1] != q.shape[-1] or 0 in q.shape or 0 in k.shape or 0 in q.stride():
-        return None
-    problem = _problem(q, k, v, scale, causal)
-    kernels = backends.implementation(problem, backend or "")
-    if not (isinstance(kernels, cuda.CudaKernels) and has_rows(problem.q) and has_rows(problem.k)):
-        return None
-    launcher = kernels.launcher("forward", problem) if has_rows(problem.v) else None
-    if launcher is None:
-        return None
-    run = torch.ops.flash_cosine_sim_attention.common_forward.default._op
-    return Plan(run, launcher.address, float(scale), causal, backend or "", {})
+def forget() -> None:
+    """As if there had been no call."""
+    if _forward is not None:
+        torch.ops.flash_cosine_sim_attention.forget_common(torch.empty(0))
+    _settled.clear()
+
+
+def _remember(which_pass: int, call: tuple, *plan: int) -> None:
+    global _forward, _backward
+    operators = torch.ops.flash_cosine_sim_attention
+    if _forward is None:
+        _forward, _backward = operators.common_forward.default._op, operators.common_backward.default._op
+    operators.remember_common(which_pass, *call, *plan)
+
+
+def _has_form(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> bool:
+    """Whether the kernels take the tensors as they are, and the output has a layout like that of q."""
+    if q.ndim != 4 or k.ndim != 4 or q.shape[-1] % 8 or v.shape[-1] != q.shape[-1]:
+        return False
+    if 0 in q.shape or 0 in k.shape or 0 in q.stride():
+        return False
+    return has_rows(problem.q) and has_rows(problem.k) and has_rows(problem.v)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Problem:
@@ -112,12 +107,20 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Pro
     return Problem(q, k, v, None, None, None, float(scale), 1, causal, True)
 
 
+def _launcher(pass_name: str, problem: Problem, backend: str) -> cuda.Launcher | None:
+    """What serves the call the usual way; None if it is no CUDA kernel."""
+    kernels = backends.implementation(problem, backend)
+    return kernels.launcher(pass_name, problem) if isinstance(kernels, cuda.CudaKernels) else None
+
+
 class _CommonCall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, return_lse):
-        out, left, lse = plan.run(plan.launcher, q, k, v, plan.scale, plan.causal, return_lse)
+    def forward(ctx, q, k, v, scale, causal, backend, return_lse):
+        out, left, lse = _forward(q, k, v, scale, causal, backend, return_lse)
+        if out is None:
+            return None
         ctx.save_for_backward(out, left, lse, q, k, v)
-        ctx.plan = plan
+        ctx.call = (scale, causal, backend)
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
 
@@ -125,34 +128,35 @@ class _CommonCall(torch.autograd.Function):
     def backward(ctx, dout, dlse=None):
         if dout is None or type(dout) is not Tensor or torch.is_grad_enabled() or _is_watched():
             return _backward_in_full(ctx, dout, dlse)
-        plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        settled = plan.backward.get(deterministic) or _settle_backward(plan, q, k, v, deterministic)
-        if settled is None:
-            return _backward_in_full(ctx, dout, dlse)
+        call, wanted, (out, left, lse, q, k, v) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         if dout.stride() != out.stride() or dout.data_ptr() % 16:
             dout = _with_rows(dout)
-        run, launcher, *sizes = settled
-        tensors = (dout, None if dlse is None else dlse.contiguous(), out, left, lse, q, k, v)
-        return *run(launcher, *tensors, plan.scale, plan.causal, *sizes, deterministic, *wanted[:3]), None, None
+        dlse = None if dlse is None else dlse.contiguous()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        tensors, wishes = (dout, dlse, out, left, lse, q, k, v), (deterministic, wanted[0], wanted[1], wanted[2])
+        gradients = _backward(*tensors, *call, *wishes)
+        if gradients == (None, None, None):
+            if not _settle_backward(q, k, v, call, deterministic):
+                return _backward_in_full(ctx, dout, dlse)
+            gradients = _backward(*tensors, *call, *wishes)
+        return *gradients, None, None, None, None
 
 
 _apply = super(torch.autograd.Function, _CommonCall).apply
 """Without a look for tensors of functorch, which `_is_watched` has ruled out: 1.5 us."""
 
 
-def _settle_backward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> Backward | None:
-    """The kernel that the usual way would take; None if none serves."""
-    problem = _problem(q, k, v, plan.scale, plan.causal)
-    kernels = backends.implementation(problem, plan.backend)
-    assert isinstance(kernels, cuda.CudaKernels)
-    launcher = kernels.launcher("backward", problem)
+def _settle_backward(q: Tensor, k: Tensor, v: Tensor, call: tuple[float, bool, int], deterministic: bool) -> bool:
+    """Remembers the kernel that the usual way would take; False if none serves."""
+    scale, causal, backend = call
+    problem = _problem(q, k, v, scale, causal)
+    launcher = _launcher("backward", problem, f"sm{backend}" if backend else "")
     if launcher is None:
-        return None
-    run = torch.ops.flash_cosine_sim_attention.common_backward.default._op
+        return False
+    which = DETERMINISTIC_BACKWARD if deterministic else BACKWARD
     sizes = cuda.accumulator(launcher, problem, deterministic)
-    settled = plan.backward[deterministic] = Backward(run, launcher.address, launcher.head_dim, *sizes)
-    return settled
+    _remember(which, (q, k, v, scale, causal, backend), launcher.address, launcher.head_dim, *sizes)
+    return True
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -162,12 +166,13 @@ def _with_rows(x: Tensor) -> Tensor:
 @ops.refuses_second_derivatives
 def _backward_in_full(ctx, dout, dlse):
     """The usual way: where a graph of the backward is wanted, under modes, or without a gradient of out."""
-    plan, wanted, (out, left, lse, q, k, v) = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
+    (scale, causal, backend), wanted = ctx.call, ctx.needs_input_grad
+    out, left, lse, q, k, v = ctx.saved_tensors
     saved = [x.unsqueeze(1) for x in (out, *_left_by_forward(left, lse, q, k), q, k, v)]
     upstream = [None if x is None else x.unsqueeze(1) for x in (dout, dlse)]
-    options = (None, None, None, plan.scale, 1, plan.causal, True, False, plan.backend)
+    options = (None, None, None, float(scale), 1, causal, True, False, f"sm{backend}" if backend else "")
     gradients = ops.gradients(*upstream, *saved, *options, [*wanted[:3], False, False])
-    return *(None if x is None else x.squeeze(1) for x in gradients[:3]), None, None
+    return *(None if x is None else x.squeeze(1) for x in gradients[:3]), None, None, None, None
 
 
 def _left_by_forward(left: Tensor, lse: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

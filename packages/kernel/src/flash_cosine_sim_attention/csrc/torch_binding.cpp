@@ -1,6 +1,6 @@
 // The only file with torch headers: LibTorch's stable ABI, so that one binary serves every torch from 2.10 on (with or
 // without CUDA) and every Python. Defines the operators
-//     flash_cosine_sim_attention::launch_forward, launch_backward, common_forward, common_backward
+//     flash_cosine_sim_attention::launch_forward, launch_backward, and of the common call common_{forward, backward}
 // which fill the params structs from tensors and call a launcher, given as the address of its exported function.
 // Shapes are those of params.h. The adapter (cuda.py) prepares the tensors; what a kernel could not bear is checked here.
 
@@ -11,10 +11,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 
 #include "params.h"
@@ -399,8 +402,80 @@ void set_common_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, cons
   p.scale_value = static_cast<float>(scale_value);
 }
 
-std::tuple<Tensor, Tensor, OptionalTensor> common_forward(int64_t launcher, Tensor q, Tensor k, Tensor v, double scale_value,
-                                                          bool causal, bool returns_lse) {
+// What decides how a common call is served: sizes, strides, dtypes and devices of q, k and v, and the options.
+struct Signature {
+  static constexpr int kWords = 3 * 9 + 2;
+  uint64_t words[kWords];
+  bool operator==(const Signature& other) const { return std::memcmp(words, other.words, sizeof(words)) == 0; }
+};
+
+struct SignatureHash {
+  size_t operator()(const Signature& signature) const {
+    uint64_t hash = 0;
+    for (uint64_t word : signature.words) {
+      hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 29;
+    }
+    return hash;
+  }
+};
+
+enum class Pass : uint64_t { kForward, kBackward, kDeterministicBackward };
+
+struct Plan {
+  int64_t launcher;
+  int64_t columns, dq_heads, progress_words;  // of a backward, as common_backward has them
+};
+
+std::unordered_map<Signature, Plan, SignatureHash> plans;
+std::mutex plans_mutex;
+
+// Nothing for tensors that the kernels would not take as they are; their strides have been looked at when the plan was made.
+std::optional<Signature> signature_of(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, double scale_value,
+                                      bool causal, int64_t backend) {
+  Signature signature;
+  uint64_t* word = signature.words;
+  for (const Tensor* x : {&q, &k, &v}) {
+    if (x->dim() != 4 || reinterpret_cast<uintptr_t>(x->data_ptr()) % 16 != 0) return std::nullopt;
+    const auto sizes = x->sizes(), strides = x->strides();
+    for (int dim = 0; dim < 4; ++dim) *word++ = sizes[dim], *word++ = strides[dim];
+    int32_t dtype = 0, device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x->get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x->get(), &device_type));
+    const uint64_t device = static_cast<uint64_t>(device_type) << 16 | static_cast<uint16_t>(x->get_device_index());
+    *word++ = static_cast<uint64_t>(dtype) << 32 | device;
+  }
+  std::memcpy(word++, &scale_value, sizeof(scale_value));
+  *word = static_cast<uint64_t>(backend) << 8 | static_cast<uint64_t>(pass) << 1 | static_cast<uint64_t>(causal);
+  return signature;
+}
+
+std::optional<Plan> plan_of(const std::optional<Signature>& signature) {
+  if (!signature.has_value()) return std::nullopt;
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  const auto found = plans.find(*signature);
+  return found == plans.end() ? std::nullopt : std::make_optional(found->second);
+}
+
+// How later calls go that have this call's signature.
+void remember_common(int64_t pass, Tensor q, Tensor k, Tensor v, double scale_value, bool causal, int64_t backend,
+                     int64_t launcher, int64_t columns, int64_t dq_heads, int64_t progress_words) {
+  const auto signature = signature_of(static_cast<Pass>(pass), q, k, v, scale_value, causal, backend);
+  if (!signature.has_value()) return;
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  plans[*signature] = {launcher, columns, dq_heads, progress_words};
+}
+
+void forget_common(Tensor) {
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  plans.clear();
+}
+
+// Nothing where no call of this signature has been remembered.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_forward(Tensor q, Tensor k, Tensor v, double scale_value,
+                                                                          bool causal, int64_t backend, bool returns_lse) {
+  const auto plan = plan_of(signature_of(Pass::kForward, q, k, v, scale_value, causal, backend));
+  if (!plan.has_value()) return {};
   fcsa::ForwardParams p{};
   set_common_problem(p, q, k, v, scale_value, causal);
   p.bound = std::abs(p.scale_value);
@@ -418,16 +493,18 @@ std::tuple<Tensor, Tensor, OptionalTensor> common_forward(int64_t launcher, Tens
     lse = empty(q, aoti_torch_dtype_float32(), 3, sizes, strides);
   }
   p.lse = returns_lse ? static_cast<float*>(lse->data_ptr()) : floats + at.lse;
-  launch<fcsa::ForwardLauncher>(launcher, p, q, "forward");
+  launch<fcsa::ForwardLauncher>(plan->launcher, p, q, "forward");
   return {out, left, lse};
 }
 
-// left, lse: of the forward; columns: kHeadDim of the variant; dq_heads: for how many dq_accum has room, 0: made without it;
-// progress_words: the size of dq_progress, 0: none.
+// left, lse: of the forward. Columns: kHeadDim of the variant; dq_heads: for how many dq_accum has room, 0: made without it;
+// progress_words: the size of dq_progress, 0: none. Nothing where no backward of this signature has been remembered.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
-    int64_t launcher, Tensor dout, OptionalTensor dlse, Tensor out, Tensor left, OptionalTensor lse, Tensor q, Tensor k, Tensor v,
-    double scale_value, bool causal, int64_t columns, int64_t dq_heads, int64_t progress_words, bool deterministic, bool wants_dq,
-    bool wants_dk, bool wants_dv) {
+    Tensor dout, OptionalTensor dlse, Tensor out, Tensor left, OptionalTensor lse, Tensor q, Tensor k, Tensor v,
+    double scale_value, bool causal, int64_t backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) {
+  const Pass pass = deterministic ? Pass::kDeterministicBackward : Pass::kBackward;
+  const auto plan = plan_of(signature_of(pass, q, k, v, scale_value, causal, backend));
+  if (!plan.has_value()) return {};
   fcsa::BackwardParams p{};
   set_common_problem(p, q, k, v, scale_value, causal);
   const int64_t batch = p.b0, heads = p.heads, kv_heads = p.kv_heads, queries = p.num_queries, keys = p.num_keys;
@@ -450,9 +527,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
 
   const int64_t rows = (queries + 127) / 128 * 128;
   const bool copies = q.scalar_type() == ScalarType::Half;  // as launch_backward's caller has them
-  if (!wants_dq) dq_heads = progress_words = 0;
+  const int64_t dq_heads = wants_dq ? plan->dq_heads : 0, progress_words = wants_dq ? plan->progress_words : 0;
   Places places;
-  const int64_t query_rows = places.take(batch * heads * rows * 4), dq_accum = places.take(dq_heads * rows * columns);
+  const int64_t query_rows = places.take(batch * heads * rows * 4), dq_accum = places.take(dq_heads * rows * plan->columns);
   const int64_t progress = places.take(progress_words);
   const int64_t q_unit = places.take(copies ? batch * heads * queries * width / 2 : 0);
   const int64_t k_unit = places.take(copies ? batch * kv_heads * keys * width / 2 : 0);
@@ -463,7 +540,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
   if (progress_words > 0) p.dq_progress = reinterpret_cast<uint32_t*>(memory + progress);
   if (copies) p.q_unit = memory + q_unit, p.k_unit = memory + k_unit;
   p.deterministic = deterministic;
-  launch<fcsa::BackwardLauncher>(launcher, p, q, "backward");
+  launch<fcsa::BackwardLauncher>(plan->launcher, p, q, "backward");
   return {dq, dk, dv};
 }
 
@@ -476,12 +553,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
       "Tensor(h!)? v_largest, Tensor(i!)? next_item, Tensor(j!)? packed_bias, bool pair_kernels) -> ()");
   m.def(
-      "common_forward(int launcher, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, bool returns_lse) "
-      "-> (Tensor out, Tensor left, Tensor? lse)");
+      "common_forward(Tensor q, Tensor k, Tensor v, float scale_value, bool causal, int backend, bool returns_lse) "
+      "-> (Tensor? out, Tensor? left, Tensor? lse)");
   m.def(
-      "common_backward(int launcher, Tensor dout, Tensor? dlse, Tensor out, Tensor left, Tensor? lse, Tensor q, Tensor k, Tensor v, "
-      "float scale_value, bool causal, int columns, int dq_heads, int progress_words, bool deterministic, "
-      "bool wants_dq, bool wants_dk, bool wants_dv) -> (Tensor? dq, Tensor? dk, Tensor? dv)");
+      "common_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor left, Tensor? lse, Tensor q, Tensor k, Tensor v, "
+      "float scale_value, bool causal, int backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) "
+      "-> (Tensor? dq, Tensor? dk, Tensor? dv)");
+  m.def(
+      "remember_common(int which_pass, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, int backend, int launcher, "
+      "int columns, int dq_heads, int progress_words) -> ()");
+  m.def("forget_common(Tensor any) -> ()");
   m.def(
       "launch_backward(int launcher, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? scale, "
       "float scale_value, int groups, bool causal, bool l2norm_qk, bool toeplitz, Tensor dout, Tensor? dlse, Tensor out, "
@@ -496,5 +577,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_cosine_sim_attention, CompositeExplicitAutograd,
   m.impl("launch_forward", TORCH_BOX(&launch_forward));
   m.impl("common_forward", TORCH_BOX(&common_forward));
   m.impl("common_backward", TORCH_BOX(&common_backward));
+  m.impl("remember_common", TORCH_BOX(&remember_common));
+  m.impl("forget_common", TORCH_BOX(&forget_common));
   m.impl("launch_backward", TORCH_BOX(&launch_backward));
 }
