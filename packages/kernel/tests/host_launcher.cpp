@@ -256,6 +256,9 @@ cudaError_t backward(const fcsa::BackwardParams& p, bool has_bias) {
   extern "C" cudaError_t forward_##dtype##_running_max(const fcsa::ForwardParams& p, cudaStream_t) {               \
     return forward<Element>(p, false);                                                                             \
   }                                                                                                                \
+  extern "C" cudaError_t forward_##dtype##_bias(const fcsa::ForwardParams& p, cudaStream_t) {                      \
+    return forward<Element>(p, false);                                                                             \
+  }                                                                                                                \
   extern "C" cudaError_t backward_##dtype##_plain(const fcsa::BackwardParams& p, cudaStream_t) {                   \
     return backward<Element>(p, false);                                                                            \
   }                                                                                                                \

@@ -174,7 +174,7 @@ def test_hopper_takes_its_own_forward_where_there_is_one(host_launchers, monkeyp
     def served_by(capability, requires_grad=False, **options):
         monkeypatch.setattr(cuda, "capability_of", lambda device: capability)
         host_launchers.clear()
-        x = make_inputs(nq=5, nk=7, **({"d": 64, "dtype": torch.bfloat16} | options))
+        x = make_inputs(nq=5, **({"nk": 7, "d": 64, "dtype": torch.bfloat16} | options))
         x.q.requires_grad_(requires_grad)
         problem = Problem(*canonicalize(x.q, x.k, x.v, x.mask, x.attn_bias, x.scale, False), 1, False, True)
         cuda.CudaKernels(None).forward(problem, empty_outputs(problem))
@@ -185,7 +185,11 @@ def test_hopper_takes_its_own_forward_where_there_is_one(host_launchers, monkeyp
     assert served_by((9, 0)) == [("sm90", "forward", 64)]
     assert served_by((9, 0), mask=True) == [("sm90", "forward", 64)]
     assert served_by((9, 0), scale="head") == [("sm90", "forward", 64)]
-    assert served_by((9, 0), bias="hij") == [("sm80", "forward", 64)]
+    assert served_by((9, 0), bias="hij", nk=8) == [("sm90", "forward", 64)]
+    assert served_by((9, 0), bias="hj") == [("sm90", "forward", 64)]  # a small copy
+    assert served_by((9, 0), bias="hij") == [("sm80", "forward", 64)]  # rows on no 16-byte boundaries
+    assert served_by((9, 0), bias="hi") == [("sm80", "forward", 64)]
+    assert served_by((9, 0), bias="hij", nk=8, d=32) == [("sm80", "forward", 32)]
     assert served_by((9, 0), d=32, requires_grad=True)[1:] == [("sm80", "backward", 32)]
     assert served_by((9, 0), dtype=torch.float32) == [("sm80", "forward", 64)]
 

@@ -26,6 +26,8 @@ from .emulator.build import build, launchers_of
 FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
 EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
 EMULATED += [variant_for("sm90", "forward", "float16", 64, "running_max")]
+BIASED = [("bfloat16", 64), ("float16", 128), ("bfloat16", 128)]
+EMULATED += [variant_for("sm90", "forward", dtype, d, feature) for dtype, d in BIASED for feature in ("bias", "toeplitz")]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,67 @@ def test_key_mask(hidden, causal):
         for hide in slices:
             row[hide] = False
     assert_forward_close(replace(inputs, mask=mask), poison=True)
+
+
+@pytest.mark.parametrize(("dtype", "d"), BIASED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "hij"},
+        {"bias": "bhij", "causal": True, "kv_heads": 1},
+        {"bias": "hj", "nk": 271},
+        {"bias": "bij", "scale": "head", "nq": 270, "nk": 200},
+        {"bias": "hij", "mask": True, "nk": 263},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wide", [False, True])
+def test_bias(dtype, d, options, wide):
+    """`wide`: a float32 bias."""
+    inputs = make_inputs((2,), 2, dtype=getattr(torch, dtype), **({"nq": 140, "nk": 264, "d": d} | options))
+    if wide:
+        inputs = replace(inputs, attn_bias=torch.randn(inputs.attn_bias.shape))
+    assert_forward_close(inputs)
+
+
+@pytest.mark.parametrize(("dtype", "d"), BIASED)
+@pytest.mark.parametrize("wide", [False, True])
+def test_bias_that_hides(dtype, d, wide):
+    """-inf over whole tiles, for all keys of some queries, and steps of 1e4 that raise the shift."""
+    inputs = make_inputs((1,), 2, nq=140, nk=400, d=d, dtype=getattr(torch, dtype), bias="hij", causal=True)
+    bias = inputs.attn_bias.to(torch.float32 if wide else inputs.attn_bias.dtype)
+    bias[0, :, 256:] = -math.inf
+    bias[0, 7:40] = -math.inf
+    bias[0, 70:80, 3] = 1e4
+    bias[1, :100] = -1e4
+    bias[1, :, 300:] = 1e4  # hidden from many queries
+    bias[1, 120:, ::2] = -math.inf
+    assert_forward_close(replace(inputs, attn_bias=bias))
+
+
+@pytest.mark.parametrize(("dtype", "d"), BIASED)
+@pytest.mark.parametrize("form", ["alibi", "relative"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "kv_heads": 1, "nk": 301},
+        {"mask": True, "nq": 270, "nk": 199},
+        {"scale": "head", "nk": 1},
+        {"nk": 2100, "nq": 200},
+    ],
+    ids=str,
+)
+def test_bias_by_its_diagonals(dtype, d, form, options):
+    sizes = {"nq": 140, "nk": 270, "d": d} | options
+    assert_forward_close(make_inputs((2,), 2, dtype=getattr(torch, dtype), bias=form, **sizes))
+
+
+def test_extreme_diagonals():
+    x = make_inputs((1,), 2, nq=140, nk=270, d=64, dtype=torch.bfloat16, bias="relative")
+    x.attn_bias[:, ::3] = -math.inf
+    x.attn_bias[:, 1::3] *= 1e4
+    assert_forward_close(x)
 
 
 def assert_forward_close(inputs: Inputs, poison: bool = False) -> None:

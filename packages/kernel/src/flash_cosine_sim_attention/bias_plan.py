@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernel_form import workspace
+from .kernel_form import has_bias_rows, workspace
 from .problem import Problem
 
 PAIR_HEAD_DIM = 32
@@ -24,6 +24,11 @@ ones: those gain less by it."""
 
 DBIAS_PARTS = 2**23
 """The most floats of the workspace for the gradient of a bias that is shared: enough to keep every GPU busy."""
+
+
+MIN_SHARERS_OF_COPY = 4
+"""A bias that TMA cannot read as it is goes to the sm90 forward as a copy where at least as many matrices of logits
+share it; else the sm80 kernels, which read any strides, serve an automatic call."""
 
 
 class BiasPlan(NamedTuple):
@@ -48,6 +53,19 @@ def plan_bias(problem: Problem, pass_name: str, variant_head_dim: int) -> BiasPl
     values = matrices * bias.shape[2] * -(-i // 32) * -(-j // 32) * 1024
     dtype = q.dtype if bias.dtype == q.dtype else torch.float32
     return BiasPlan(workspace(q, (values,), dtype), pair)
+
+
+def sm90_bias_form(problem: Problem) -> str | None:
+    """How the sm90 forward reads a bias: "rows", as it is or from a copy that is small beside the logits; "copied",
+    from a large copy; "shared" by all keys, not at all. None: there is no bias, or its diagonals alone."""
+    bias, keys = problem.bias, problem.k.shape[-2]
+    if bias is None or problem.toeplitz:
+        return None
+    if bias.shape[-1] != keys:
+        return "shared"
+    is_read = bias.dtype in (problem.q.dtype, torch.float32) and has_bias_rows(bias, keys)
+    is_small = MIN_SHARERS_OF_COPY * bias.numel() <= problem.q[..., 0].numel() * keys
+    return "rows" if is_read or is_small else "copied"
 
 
 def _is_staged(problem: Problem, pass_name: str) -> bool:

@@ -19,8 +19,17 @@ from torch import Tensor
 
 from . import chunked, launchers
 from ._build import BuildError
-from .bias_plan import BiasPlan, dbias_parts, plan_bias
-from .kernel_form import kernel_bias, kernel_width, readable, workspace, writable, writable_bias_gradient, write_back
+from .bias_plan import BiasPlan, dbias_parts, plan_bias, sm90_bias_form
+from .kernel_form import (
+    bias_with_rows,
+    kernel_bias,
+    kernel_width,
+    readable,
+    workspace,
+    writable,
+    writable_bias_gradient,
+    write_back,
+)
 from .problem import Gradients, Outputs, Problem
 from .variants import TABLE, Variant, find_variant, variant_for, why_none
 
@@ -98,10 +107,11 @@ class CudaKernels:
             return None
         grouped_scale = problem.scale is not None and q.shape[2] != problem.k.shape[2]
         sizes = (q.shape[-1], problem.v.shape[-1], problem.groups)
-        key = (pass_name, q.device, dtype, sizes, feature, has_bias, grouped_scale)
+        form = sm90_bias_form(problem) if pass_name == "forward" else None
+        key = (pass_name, q.device, dtype, sizes, feature, has_bias, form, grouped_scale)
         found = self._launchers.get(key)
         if found is None:
-            found = self._launchers[key] = self._resolve(pass_name, problem, feature)
+            found = self._launchers[key] = self._resolve(pass_name, problem)
         if isinstance(found, Launcher):
             return found
         if self.arch is not None:
@@ -109,7 +119,7 @@ class CudaKernels:
         _warn_once(found)
         return None
 
-    def _resolve(self, pass_name: str, problem: Problem, feature: str) -> Launcher | str:
+    def _resolve(self, pass_name: str, problem: Problem) -> Launcher | str:
         """What serves the call, compiled if need be; or why there is nothing: the reason of the last one tried."""
         capability = capability_of(problem.q.device)
         d, dv = problem.q.shape[-1], problem.v.shape[-1]
@@ -117,10 +127,12 @@ class CudaKernels:
         dtype = _kernel_dtype(problem.q, pass_name)
         reason: str | None = None
         for arch in self._candidates(pass_name):
+            feature = _feature(pass_name, problem, arch)
             reason = (
                 refusal(arch, capability)
                 or why_none(arch, pass_name, dtype, width, feature)
                 or (_sm90_refusal(pass_name, problem, width) if arch == "sm90" else None)
+                or (_sm90_drawback(pass_name, problem, width) if arch == "sm90" and self.arch is None else None)
             )
             if reason is None:
                 assert capability is not None
@@ -162,11 +174,23 @@ FORCED = {"sm80": CudaKernels("sm80"), "sm90": CudaKernels("sm90")}
 def _sm90_refusal(pass_name: str, problem: Problem, width: int) -> str | None:
     """What the Hopper kernels do not serve of what their variants would; None if they do."""
     if pass_name == "forward":
-        return "the sm90 forward takes no bias" if problem.bias is not None else None
+        return "the sm90 forward takes no bias shared by all keys" if sm90_bias_form(problem) == "shared" else None
     if width <= 32:
         return f"the sm90 backward has no tiles for head dim {width}"
     if problem.scale is not None and problem.q.shape[2] != problem.k.shape[2]:
         return "the sm90 backward takes no learned scale beside grouped kv heads"
+    return None
+
+
+def _sm90_drawback(pass_name: str, problem: Problem, width: int) -> str | None:
+    """Why the sm80 kernels serve better a forward that the sm90 kernels would serve; None if they do not."""
+    form = sm90_bias_form(problem) if pass_name == "forward" else None
+    if pass_name == "forward" and problem.bias is not None and width <= 32:
+        return f"the sm90 forward has no tiles of its own for a bias and head dim {width}"
+    if pass_name == "forward" and problem.toeplitz:
+        return "the sm90 forward with a bias by its diagonals has not been measured"
+    if form == "copied":
+        return "the sm90 forward would copy a bias that few rows share"
     return None
 
 
@@ -188,11 +212,13 @@ def _kernel_dtype(q: Tensor, pass_name: str) -> str:
     return str(q.dtype).removeprefix("torch.")
 
 
-def _feature(pass_name: str, problem: Problem) -> str:
+def _feature(pass_name: str, problem: Problem, arch: str = "sm80") -> str:
     if pass_name == "backward":
         return "plain" if problem.bias is None else "toeplitz" if problem.toeplitz else "bias"
     if problem.toeplitz:
         return "toeplitz"
+    if problem.bias is not None and arch == "sm90":
+        return "bias"
     bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
 
@@ -206,6 +232,9 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     width = kernel_width(q.shape[-1], v.shape[-1], groups)
     q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
     out = writable(outputs.out, width)
+    bias, plan = kernel_bias(problem.bias, q.dtype), plan_bias(problem, "forward", launcher.head_dim)
+    if bias is not None and launcher.arch == "sm90":
+        bias, plan = bias_with_rows(bias, bias.shape[-1]), BiasPlan(None, False)
     split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
     copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(
@@ -214,7 +243,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         k,
         v,
         problem.mask,
-        kernel_bias(problem.bias, q.dtype),
+        bias,
         None if problem.scale is None else problem.scale.contiguous(),
         problem.scale_value,
         problem.bound,
@@ -231,7 +260,7 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
         workspace(q, v.shape, q.dtype) if split else None,
         workspace(q, v.shape[:3]) if split else None,
         workspace(q, (1,)) if launcher.arch == "sm90" else None,
-        *plan_bias(problem, "forward", launcher.head_dim),
+        *plan,
     )
     write_back(out, outputs.out)
 

@@ -70,6 +70,23 @@ def kernel_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias.to(torch.float32)
 
 
+def has_bias_rows(bias: Tensor, keys: int) -> bool:
+    """Whether TMA reads a bias (..., i | 1, j | 1) as it is: all keys, contiguous, and rows on 16-byte boundaries."""
+    per_chunk = 16 // bias.element_size()
+    if bias.shape[-1] != keys or (keys > 1 and bias.stride(-1) != 1) or bias.data_ptr() % 16:
+        return False
+    return all(stride % per_chunk == 0 for stride, n in zip(bias.stride()[:-1], bias.shape[:-1], strict=True) if n > 1)
+
+
+def bias_with_rows(bias: Tensor, keys: int) -> Tensor:
+    """A bias that TMA reads: itself, or a copy whose rows are filled up to 16 bytes."""
+    if has_bias_rows(bias, keys):
+        return bias
+    per_row = 16 // bias.element_size()
+    rows = workspace(bias, (*bias.shape[:-1], -(-keys // per_row) * per_row), bias.dtype)
+    return rows[..., :keys].copy_(bias)
+
+
 def writable_bias_gradient(bias: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """The kernels write the gradient in the dtype of the bias that they read."""
     if bias is None or gradient is None or gradient.dtype == bias.dtype:

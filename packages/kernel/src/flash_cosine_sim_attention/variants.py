@@ -39,7 +39,7 @@ TABLE = (
     Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max", "toeplitz")),
     Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias", "toeplitz")),
     Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias", "toeplitz")),
-    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max")),
+    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max", "bias", "toeplitz")),
     Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
 
@@ -100,6 +100,8 @@ _FEATURE_ARGUMENTS = {
     ("forward", "bounded"): "fcsa::Softmax::kBounded",
     ("forward", "running_max"): "fcsa::Softmax::kRunningMax",
     ("forward", "toeplitz"): "fcsa::Softmax::kRunningMax, true",
+    ("sm90_forward", "bias"): "fcsa::Softmax::kRunningMax, false, false, float",
+    ("sm90_forward", "toeplitz"): "fcsa::Softmax::kRunningMax, false, false, fcsa::sm90::Diagonals",
     ("backward", "plain"): "false",
     ("backward", "bias"): "true",
     ("backward", "toeplitz"): "true, true",
@@ -130,7 +132,8 @@ class Variant:
         """The stub that instantiates the kernel; written to the build folder only."""
         title = self.pass_name.capitalize()
         traits = f"fcsa::{self.arch}::{title}Traits<{_ELEMENTS[self.dtype]}, {self.head_dim}, "
-        traits += f"{_FEATURE_ARGUMENTS[self.pass_name, self.feature]}>"
+        own = _FEATURE_ARGUMENTS.get((f"{self.arch}_{self.pass_name}", self.feature))
+        traits += f"{own or _FEATURE_ARGUMENTS[self.pass_name, self.feature]}>"
         return (
             f'#include "{self.arch}/{self.pass_name}.cuh"\n\n'
             f'extern "C" __attribute__((visibility("default"))) cudaError_t {self.name}(\n'

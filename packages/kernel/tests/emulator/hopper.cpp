@@ -144,6 +144,7 @@ void land(const Load& load) {
 struct Map {
   char* data;
   uint32_t extents[5], box[2];  // the other three of a box are 1
+  uint32_t value_bytes, chunks;  // of a swizzled row of a box: 8 or 4 of 16 bytes; 1: not swizzled
   uint64_t strides[4];          // bytes
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -151,11 +152,13 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 CUresult encode(CUtensorMap* target, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* extents,
                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  bool known = rank == 5 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
-               fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
-               (type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
-  Map map{static_cast<char*>(data), {}, {box[0], box[1]}, {}};
-  known = known && box[0] <= 64 && box[1] <= 256 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  const bool wide = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32, plain = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE;
+  const uint32_t chunks = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 8 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 4 : 1;
+  bool known = rank == 5 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+               (plain || chunks > 1) && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
+               (wide || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+  Map map{static_cast<char*>(data), {}, {box[0], box[1]}, wide ? 4u : 2u, chunks, {}};
+  known = known && box[0] <= 256 && (plain || box[0] * map.value_bytes == chunks * 16) && box[1] <= 256 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int i = 0; known && i < 5; ++i) {
     map.extents[i] = static_cast<uint32_t>(extents[i]);
     known = extents[i] > 0 && extents[i] <= UINT32_MAX && steps[i] == 1 && (i < 2 || box[i] == 1);
@@ -302,23 +305,23 @@ void named_barrier(int id, int count, bool waits) {
 void load_box(void* smem, const CUtensorMap& tensor_map, const int32_t (&coordinates)[5], uint64_t* barrier) {
   Map map;
   std::memcpy(&map, &tensor_map, sizeof(map));
-  const uint32_t offset = shared_address(smem), row_bytes = map.box[0] * 2;
+  const uint32_t offset = shared_address(smem), bytes = map.value_bytes, row_bytes = map.box[0] * bytes;
   if (offset % 128 != 0) fail("a tensor copy to an address that is no multiple of 128");
   const std::array<int64_t, 5> at{coordinates[0], coordinates[1], coordinates[2], coordinates[3], coordinates[4]};
   start_load(smem, map.box[1] * row_bytes, barrier, [=] {
     for (uint32_t row = 0; row < map.box[1]; ++row) {
       for (uint32_t column = 0; column < map.box[0]; ++column) {
         const std::array<int64_t, 5> index{at[0] + column, at[1] + row, at[2], at[3], at[4]};
-        const char* source = map.data + index[0] * 2;
+        const char* source = map.data + index[0] * bytes;
         bool inside = true;
         for (int i = 0; i < 5; ++i) {
           inside = inside && index[i] >= 0 && index[i] < map.extents[i];
           if (i > 0) source += index[i] * static_cast<int64_t>(map.strides[i - 1]);
         }
-        uint16_t value = 0;
-        if (inside) std::memcpy(&value, source, 2);
-        const uint32_t address = offset + row * row_bytes + column * 2;
-        write_both(address ^ (address >> 7 & 7) << 4, &value, 2);
+        uint32_t value = 0;
+        if (inside) std::memcpy(&value, source, bytes);
+        const uint32_t address = offset + row * row_bytes + column * bytes;
+        write_both(address ^ (address >> 7 & (map.chunks - 1)) << 4, &value, bytes);
       }
     }
   });

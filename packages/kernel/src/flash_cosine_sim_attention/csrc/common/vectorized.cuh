@@ -45,6 +45,14 @@ __device__ __forceinline__ float2 unpack(uint32_t pair) {
   }
 }
 
+// The larger of two values each, pair by pair.
+template <class Element>
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+  const Pair larger = __hmax2(reinterpret_cast<const Pair&>(a), reinterpret_cast<const Pair&>(b));
+  return reinterpret_cast<const uint32_t&>(larger);
+}
+
 template <class Element>
 __device__ __forceinline__ void load8(float (&x)[8], const Element* source) {  // source on a 16-byte boundary
   if constexpr (sizeof(Element) == 4) {

@@ -43,6 +43,10 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   ForwardMaps maps;
   cudaError_t error = make_input_maps<typename Traits::Element>(&maps, p, Traits::kBlockM, Traits::kBlockN);
   if (error != cudaSuccess) return error;
+  if constexpr (Traits::kBias) {
+    error = make_bias_map<typename Traits::BiasTile>(&maps.bias, p);
+    if (error != cudaSuccess) return error;
+  }
   const Schedule schedule = make_schedule<Traits>(p);
   if (schedule.num_items == 0) return cudaSuccess;
   if (schedule.num_items > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -62,8 +66,34 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
 }
 
 template <class Traits>
+cudaError_t launch_with_bias(const ForwardParams& p, cudaStream_t stream) {
+  if (p.mask != nullptr) return launch_forward_kernel<typename Traits::WithKeyMask>(p, stream);
+  return launch_forward_kernel<Traits>(p, stream);
+}
+
+template <class Traits, class BiasValue>
+cudaError_t launch_biased(const ForwardParams& p, cudaStream_t stream) {
+  if constexpr (std::is_same_v<typename Traits::Element, __nv_bfloat16>) {
+    if (p.bound <= kBiasBound) return launch_with_bias<typename Traits::template WithBias<Softmax::kBounded, BiasValue>>(p, stream);
+  }
+  return launch_with_bias<typename Traits::template WithBias<Softmax::kRunningMax, BiasValue>>(p, stream);
+}
+
+// Variants "bias" and "toeplitz".
+template <class Traits>
+cudaError_t launch_forward_biased(const ForwardParams& p, cudaStream_t stream) {
+  if (p.bias == nullptr) return cudaErrorInvalidValue;
+  const cudaError_t error = launch_prologue<Traits>(p, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (Traits::kDiagonals) return launch_biased<Traits, Diagonals>(p, stream);
+  if (p.bias_is_float32) return launch_biased<Traits, float>(p, stream);
+  return launch_biased<Traits, typename Traits::Element>(p, stream);
+}
+
+template <class Traits>
 cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
-  if (p.bias != nullptr) return cudaErrorInvalidValue;  // served by the sm80 kernels
+  if constexpr (Traits::kBias) return launch_forward_biased<Traits>(p, stream);
+  if (p.bias != nullptr) return cudaErrorInvalidValue;  // has variants of its own
   const cudaError_t error = launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
   if (p.mask != nullptr) return launch_forward_kernel<typename Traits::WithKeyMask>(p, stream);

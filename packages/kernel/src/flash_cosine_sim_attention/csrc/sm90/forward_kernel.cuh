@@ -213,6 +213,11 @@ struct RunningMaximum {
         maximum[half] = fmaxf(maximum[half], x);
       }
     }
+    raise(maximum);
+  }
+
+  // maximum: of the thread's columns, base 2.
+  __device__ __forceinline__ void raise(const float (&maximum)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float of_row = lane_max<4>(maximum[half]);
@@ -222,25 +227,28 @@ struct RunningMaximum {
     }
   }
 
+  // What to subtract: where nothing but -inf has been met, -inf - 0 gives P = 0.
+  __device__ __forceinline__ float subtrahend(int half) const { return shift[half] == -INFINITY ? 0.0f : shift[half]; }
+
   __device__ __forceinline__ bool any_raised() const {
     return __any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f);
   }
 };
 
-// Logits -> P in place, and the sums.
+// Logits (base 2; with a bias in natural units) -> P in place, and the sums.
 template <class Traits>
 __device__ __forceinline__ void exponentiate_logits(float (&s)[Traits::kBlockN / 2], float (&sum)[2],
                                                     const RunningMaximum& maximum) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (!Traits::kSumsByProducts) sum[half] *= maximum.factor[half];
-    const float shift = maximum.shift[half] == -INFINITY ? 0.0f : maximum.shift[half];  // all of the row is -inf
+    const float shift = maximum.subtrahend(half);
 #pragma unroll
     for (int i = 0; i < Traits::kBlockN / 8; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& x = s[i * 4 + half * 2 + c];
-        x = exp2_approx(x - shift);
+        x = exp2_approx(Traits::kBias ? fmaf(x, kLog2e, -shift) : x - shift);
         if constexpr (!Traits::kSumsByProducts) sum[half] += x;
       }
     }
@@ -268,6 +276,7 @@ struct RowFactors {
   float q_factor[2];  // scale * log2(e) / |q_i|
   float shift;        // base 2; of every row, where the logits are bounded
   int limit[2];       // last key that the row sees
+  BiasReader<typename Traits::BiasTile> bias;
 };
 
 // The position of a consumer in all rings; it goes on from block to block.
@@ -341,8 +350,40 @@ struct Accumulators {
   float s[Traits::kParts][Traits::kPartN / 2];
   uint32_t probabilities[Traits::kBlockN / 16][4];
   float sum[2];            // this lane's part, where they are not columns of o
-  RunningMaximum maximum;  // where the logits are not bounded
+  RunningMaximum maximum;  // where Traits::kFollows
 };
+
+// The shifts of the rows, from the biases of a tile whose S may still be under way.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void follow_bias(Accumulators<Traits>& acc, const RowFactors<Traits>& rows,
+                                            const typename Traits::BiasTile& bias, const VisiblePairs<Traits>& visible) {
+  float maximum[2];
+  largest_bias<kMasked>(maximum, rows.bias, bias, visible);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) maximum[half] *= kLog2e;
+  acc.maximum.raise(maximum);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) acc.sum[half] *= acc.maximum.factor[half];
+}
+
+// S of one part of a tile -> P in place, and the sums.
+template <class Traits, bool kMasked>
+__device__ __forceinline__ void exponentiate_with_bias(Accumulators<Traits>& acc, int part, const float* k_factor,
+                                                       const RowFactors<Traits>& rows, const typename Traits::BiasTile& bias,
+                                                       int column, const VisiblePairs<Traits>& visible) {
+  if constexpr (Traits::kSoftmax == Softmax::kBounded) {
+    const float subtrahend[2] = {acc.maximum.subtrahend(0), acc.maximum.subtrahend(1)};
+    exponentiate_with_bias<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, subtrahend, rows.bias, bias, column,
+                                            part * Traits::kPartN, visible);
+  } else {
+    float maximum[2];
+    add_bias<Traits, kMasked>(acc.s[part], maximum, k_factor, rows.q_factor, rows.bias, bias, column, visible);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) maximum[half] *= kLog2e;
+    acc.maximum.raise(maximum);
+    exponentiate_logits<Traits>(acc.s[part], acc.sum, acc.maximum);
+  }
+}
 
 // S -> P of one tile, part by part as they get ready; kBehind: groups of wgmma that were issued behind S.
 template <class Traits, bool kMasked, int kBehind>
@@ -350,6 +391,9 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
                                                   const ConsumerThread& thread, const RowFactors<Traits>& rows,
                                                   const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
   const VisiblePairs<Traits> visible(rows.limit, tile.first_key, tile.visible, thread.column);
+  if constexpr (Traits::kBias && Traits::kSoftmax == Softmax::kBounded) {
+    follow_bias<Traits, kMasked>(acc, rows, smem.bias[state.ring.stage], visible);
+  }
 #pragma unroll
   for (int part = 0; part < Traits::kParts; ++part) {
     if (part == Traits::kParts - 1) {
@@ -358,10 +402,17 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
       wgmma_wait<kBehind + 1>();
     }
     wgmma_pin(acc.s[part]);
-    if (part == Traits::kParts - 1 && thread.releases) arrive(smem.empty_k[state.ring.stage]);
+    const bool last_part = part == Traits::kParts - 1;
+    if (!Traits::kBias && last_part && thread.releases) arrive(smem.empty_k[state.ring.stage]);
     const int first = part * Traits::kPartN;
     const float* k_factor = smem.k_factor[state.factors.stage] + first;
-    if constexpr (Traits::kSoftmax == Softmax::kBounded) {
+    if constexpr (Traits::kBias) {
+      exponentiate_with_bias<Traits, kMasked>(acc, part, k_factor, rows, smem.bias[state.ring.stage], thread.column, visible);
+      __syncwarp();
+      // Sums are never of these bits: they tie the release, and with it the wait for O, to behind the exponentials.
+      const bool is_read = (__float_as_uint(acc.sum[0]) | __float_as_uint(acc.sum[1])) != 0xffffffffu;
+      if (last_part && thread.releases && is_read) arrive(smem.empty_k[state.ring.stage]);
+    } else if constexpr (Traits::kSoftmax == Softmax::kBounded) {
       exponentiate<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, rows.shift, thread.column, first, visible);
     } else {
       acc.maximum.template follow<Traits, kMasked>(acc.s[part], k_factor, rows.q_factor, thread.column, visible);
@@ -386,7 +437,7 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
   wgmma_wait<0>();
   wgmma_pin(acc.o);
   if (thread.releases) arrive(smem.empty_v[previous.stage]);
-  if constexpr (Traits::kSoftmax == Softmax::kRunningMax) {
+  if constexpr (Traits::kFollows) {
     if (acc.maximum.any_raised()) {
 #pragma unroll
       for (int i = 0; i < Traits::kOutColumns / 2; ++i) acc.o[i] *= acc.maximum.factor[i / 2 % 2];
@@ -455,7 +506,10 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
 #pragma unroll
   for (int i = 0; i < Traits::kOutColumns / 2; ++i) acc.o[i] = 0.0f;
 
+  // Logits are in base 2 but where they are kept beside a bias, which comes in natural units.
+  constexpr float kBase = Traits::kBias && Traits::kSoftmax == Softmax::kRunningMax ? 1.0f : kLog2e;
   RowFactors<Traits> rows;
+  if constexpr (Traits::kBias) rows.bias = {thread.row, p.bias_query == 0};
   rows.shift = bounded_shift<typename Traits::Element>(p.bound) * kLog2e;
   acc.maximum.shift[0] = acc.maximum.shift[1] = -INFINITY;
   if (block.num_tiles > 0) {
@@ -469,15 +523,15 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = block.first_query + thread.row + half * 8;
-      rows.q_factor[half] = scale * kLog2e * rnorm[half];
+      rows.q_factor[half] = scale * kBase * rnorm[half];
       rows.limit[half] = p.causal ? min(query + p.num_keys - p.num_queries, p.num_keys - 1) : p.num_keys - 1;
     }
     attend<Traits>(acc, block, smem, thread, rows, state);
   } else {
     arrive(smem.empty_q);
   }
-  constexpr bool kBounded = Traits::kSoftmax == Softmax::kBounded;
-  const float shift[2] = {kBounded ? rows.shift : acc.maximum.shift[0], kBounded ? rows.shift : acc.maximum.shift[1]};
+  constexpr bool kFollows = Traits::kFollows;
+  const float shift[2] = {kFollows ? acc.maximum.shift[0] : rows.shift, kFollows ? acc.maximum.shift[1] : rows.shift};
   store_results<Traits>(p, block, thread.row, acc.o, acc.sum, rnorm, shift, folded && p.q_rnorm != nullptr);
 }
 

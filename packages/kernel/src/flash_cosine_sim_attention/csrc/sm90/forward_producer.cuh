@@ -122,8 +122,12 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       key_factors.store(smem.k_factor[factors.stage]);
       if (lane == 0) {
         if constexpr (Traits::kKeyMask) smem.records[factors.stage] = {walk.visible, walk.tile, walk.next < 0, false};
-        arrive_and_expect(smem.full_k[stage], Traits::KeyTile::kBytes);
+        arrive_and_expect(smem.full_k[stage], Traits::kStageBytes);
         load_tile(smem.k[stage], maps.k, first_row, kv_head, block.b1, block.b0, smem.full_k[stage]);
+        if constexpr (Traits::kBias) {
+          load_bias_tile(smem.bias[stage], maps.bias, block.first_query, first_row, block.head, block.b1, block.b0,
+                         smem.full_k[stage]);
+        }
       } else {
         arrive(smem.full_k[stage]);
       }

@@ -4,6 +4,7 @@
 #include "../common/mask.cuh"
 #include "../common/softmax.cuh"
 #include "../common/tile_index.cuh"
+#include "forward_bias.cuh"
 #include "pipeline.cuh"
 #include "smem_panel.cuh"
 #include "tensor_map.h"
@@ -11,16 +12,31 @@
 
 namespace fcsa::sm90 {
 
+template <class Value, int kRows, int kCols>
+struct BiasTileOf {
+  using Tile = BiasTile<Value, kRows, kCols>;
+};
+template <int kRows, int kCols>
+struct BiasTileOf<Diagonals, kRows, kCols> {
+  using Tile = DiagonalTile<kRows, kCols>;
+};
+
 // kKeyMask, kForManyKeys: not named by variants; the launcher picks the kernel for the call.
-template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false>
+template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false, class BiasValue_ = void>
 struct ForwardTraits {
-  using WithKeyMask = ForwardTraits<Element_, kHeadDim_, kSoftmax_, true>;
-  using ForManyKeys = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, true>;
+  using WithKeyMask = ForwardTraits<Element_, kHeadDim_, kSoftmax_, true, false, BiasValue_>;
+  using ForManyKeys = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, true, BiasValue_>;
+  template <Softmax kSoftmax, class BiasValue>
+  using WithBias = ForwardTraits<Element_, kHeadDim_, kSoftmax, false, false, BiasValue>;
+  static constexpr bool kBias = !std::is_void_v<BiasValue_>;
+  static constexpr bool kDiagonals = std::is_same_v<BiasValue_, Diagonals>;
   static constexpr bool kKeyMask = kKeyMask_;
   using Element = Element_;
+  using BiasValue = std::conditional_t<kBias, BiasValue_, Element>;  // of the bias, if there is one
+  static constexpr int kBiasBytes = !kBias ? 0 : kDiagonals ? 1 : sizeof(BiasValue);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
-  static constexpr ForwardTile kTile = forward_tile<kHeadDim, kForManyKeys_>();
+  static constexpr ForwardTile kTile = forward_tile<kHeadDim, kForManyKeys_, kBiasBytes>();
   static constexpr int kConsumerWarps = kTile.consumer_warpgroups * 4;
   static constexpr int kBlockM = kTile.consumer_warpgroups * 64;
   static constexpr int kBlockN = kTile.block_n;
@@ -30,11 +46,13 @@ struct ForwardTraits {
   // With a key mask there is no room for them beyond head dim 64.
   static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
   static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
+  // The shift of a row follows its largest logit or, where the scores are bounded beside a bias, its largest bias.
+  static constexpr bool kFollows = kBias || kSoftmax == Softmax::kRunningMax;
   static constexpr int kPartN = kBlockN / kParts;
   // At head dim 64, where a tile's products are short: the row sums as another eight columns of O, from ones beside V, an
   // addition a score less for an eighth more of that product; and barriers looked at before they are waited for.
-  static constexpr bool kSumsByProducts = kHeadDim == 64;
-  static constexpr bool kLooksAhead = kHeadDim == 64;
+  static constexpr bool kSumsByProducts = kHeadDim == 64 && !kBias;
+  static constexpr bool kLooksAhead = kHeadDim == 64 && !kBias;
   static constexpr int kOutColumns = kHeadDim + (kSumsByProducts ? 8 : 0);
   static constexpr int kThreads = (kTile.consumer_warpgroups + 1) * 128;
 
@@ -48,6 +66,8 @@ struct ForwardTraits {
 
   using QueryTile = PanelTile<Element, kBlockM, kHeadDim>;
   using KeyTile = PanelTile<Element, kBlockN, kHeadDim>;
+  using BiasTile = typename BiasTileOf<BiasValue, kBlockM, kBlockN>::Tile;
+  static constexpr int kStageBytes = KeyTile::kBytes + (kBias ? BiasTile::kBytes : 0);  // that full_k stands for
 };
 
 // A tile of keys of the walk, as the producer hands it out where there is a key mask.
@@ -64,6 +84,7 @@ struct ForwardStorage {
   typename Traits::QueryTile q;
   typename Traits::KeyTile k[Traits::kStages];
   typename Traits::KeyTile v[Traits::kStages];
+  std::conditional_t<Traits::kBias, typename Traits::BiasTile, char> bias[Traits::kBias ? Traits::kStages : 1];  // beside k
   alignas(1024) typename Traits::Element ones[Traits::kSumsByProducts ? 16 * 64 : 1];
   uint32_t item;  // whose queries are in q; num_items or more: there are no more
   alignas(16) float k_factor[Traits::kFactorStages][Traits::kBlockN];
@@ -75,7 +96,7 @@ struct ForwardStorage {
 };
 
 struct ForwardMaps {
-  TensorMap q, k, v;
+  TensorMap q, k, v, bias;
 };
 
 // The blocks of queries of the whole problem in the order in which they are handed out, round-robin, to the persistent

@@ -27,28 +27,39 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 // Which coordinates a tensor really has: an expanded dim (stride 0) is a dim of size 1, always at 0.
 struct TensorMap {
   CUtensorMap map;
-  int head_step, b1_step, b0_step;  // 1, or 0 where expanded
+  int row_step, head_step, b1_step, b0_step;  // 1, or 0 where expanded
+  int origin;  // of a bias by its diagonals: where key - query is 0
 };
 
-// Boxes of `box_rows` x 64 columns, swizzled by 128 bytes.
+template <class Element>
+constexpr CUtensorMapDataType kMapType = std::is_same_v<Element, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                         : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+// Boxes of `box_rows` x `box_cols`; those 128 or 64 bytes wide are swizzled by as many. Expanded rows: only where a map may be one of
+// a single row (`shared_rows`), which then is at row 0.
 template <class Element>
 cudaError_t make_tensor_map(TensorMap* result, const void* data, const Strides& strides, const int32_t (&sizes)[5],
-                            int box_rows) {
+                            int box_rows, int box_cols = 64, bool shared_rows = false) {
   const auto encoder = tensor_map_encoder();
   if (encoder == nullptr) return cudaErrorNotSupported;
   const int64_t steps[4] = {strides.row, strides.head, strides.b1, strides.b0};
   cuuint64_t extents[5] = {static_cast<cuuint64_t>(sizes[4])}, byte_strides[4];
   for (int i = 0; i < 4; ++i) {
-    const bool expanded = i > 0 && (steps[i] == 0 || sizes[3 - i] == 1);
+    const bool expanded = (i > 0 || shared_rows) && (steps[i] == 0 || sizes[3 - i] == 1);
     extents[i + 1] = expanded ? 1 : sizes[3 - i];
     byte_strides[i] = steps[i] == 0 || expanded ? 16 : steps[i] * sizeof(Element);
   }
-  if (strides.row == 0 && sizes[3] > 1) return cudaErrorNotSupported;  // the adapter copies such inputs
-  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(box_rows), 1, 1, 1}, element_strides[5] = {1, 1, 1, 1, 1};
-  const auto type = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult error = encoder(&result->map, type, 5, const_cast<void*>(data), extents, byte_strides, box,
-                                 element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  if (strides.row == 0 && sizes[3] > 1 && !shared_rows) return cudaErrorNotSupported;  // the adapter copies such inputs
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+  const auto swizzle = box_cols * sizeof(Element) == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                       : box_cols * sizeof(Element) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const CUresult error = encoder(&result->map, kMapType<Element>, 5, const_cast<void*>(data), extents, byte_strides, box,
+                                 element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  result->row_step = extents[1] != 1 || sizes[3] == 1;
   result->head_step = extents[2] != 1 || sizes[2] == 1;
   result->b1_step = extents[3] != 1 || sizes[1] == 1;
   result->b0_step = extents[4] != 1 || sizes[0] == 1;

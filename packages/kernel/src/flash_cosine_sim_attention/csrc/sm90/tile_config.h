@@ -16,9 +16,21 @@ struct ForwardTile {
 // much, to blocks of queries that are half as many again).
 constexpr int kManyKeys = 2048;
 
-template <int kHeadDim, bool kForManyKeys>
+// kBiasBytes: of a value of the bias, of which a tile, kBlockM x block_n, lies in shared memory beside each K; 0: there is no
+// bias; 1: it comes by its diagonals, and takes little room.
+template <int kHeadDim, bool kForManyKeys, int kBiasBytes = 0>
 constexpr ForwardTile forward_tile() {
   // A consumer holds S (block_n / 2 registers), P (block_n / 4), O (head_dim / 2) and the queries (head_dim / 4).
+  if constexpr (kBiasBytes == 1) {
+    if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
+    if constexpr (kHeadDim <= 128) return {2, 96, 2, 240, 24, true, 1};
+    return {2, kHeadDim <= 192 ? 96 : 64, 2, 240, 24, false, 1};
+  }
+  if constexpr (kBiasBytes != 0) {
+    if constexpr (kHeadDim <= 64) return {2, 128, kBiasBytes == 2 ? 3 : 2, 240, 24, true, 2};  // 192 queries: 10 per cent slower
+    if constexpr (kHeadDim <= 128) return {2, kBiasBytes == 2 ? 96 : 64, 2, 240, 24, kBiasBytes == 2, 1};
+    return {2, kHeadDim > 192 && kBiasBytes == 4 ? 32 : 64, 2, 240, 24, false, 1};
+  }
   if constexpr (kHeadDim <= 64 && kForManyKeys) return {3, 96, 4, 160, 32, true, 1};
   if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
   if constexpr (kHeadDim <= 128) return {2, 128, 2, 240, 24, true, 1};   // queries in registers: 3 per cent
