@@ -27,7 +27,8 @@ FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
 EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
 EMULATED += [variant_for("sm90", "forward", "float16", 64, "running_max")]
 BIASED = [("bfloat16", 64), ("float16", 128), ("bfloat16", 128)]
-EMULATED += [variant_for("sm90", "forward", dtype, d, feature) for dtype, d in BIASED for feature in ("bias", "toeplitz")]
+EMULATED += [variant_for("sm90", "forward", *kind, "bias") for kind in BIASED]
+EMULATED += [variant_for("sm90", "forward", *kind, "toeplitz") for kind in BIASED]
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ class Row:
     """All combinations of what it lists.
 
     Dtype "tf32": float32 tensors, with products as coarse as TF32's. Features of a forward: "bounded" (the shift of the
-    softmax is known before the launch), "running_max" (tracked; the one that takes a bias), "toeplitz" (tracked, with a
-    bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
+    softmax is known before the launch), "running_max" (tracked; on sm80 with a bias, too), "bias" (sm90), "toeplitz"
+    (with a bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
     """
 
     arch: str
@@ -85,6 +85,13 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm90_forward_d192_running_max": 128,
     "sm90_forward_d256_bounded": 256,
     "sm90_forward_d256_running_max": 256,
+    "sm90_forward_d64_toeplitz": 64,
+    "sm90_forward_d128_bias": 64,
+    "sm90_forward_d128_toeplitz": 64,
+    "sm90_forward_d192_bias": 128,
+    "sm90_forward_d192_toeplitz": 256,
+    "sm90_forward_d256_bias": 512,
+    "sm90_forward_d256_toeplitz": 512,
     # Once a block of keys: sizes of the call that its loop keeps, k of the projection (docs/decisions.md). In the loop
     # over queries a handful of loads. The largest figure is of the kernel in order (d 64), and without dQ (d 128).
     "sm90_backward_d64_plain": 512,
