@@ -118,9 +118,10 @@ __device__ __forceinline__ void load_step(typename DbiasStorage<Config>::Stage& 
   }
 }
 
-// The share of one warp: 16 kM queries x 8 kN keys, in accumulator layout.
-template <class Config>
+// The share of one warp: 16 kM queries x 8 kN keys, in accumulator layout. Value: the type of the bias and of its gradient.
+template <class Config, class Value = float>
 class DbiasWarp {
+  using Pair = std::conditional_t<sizeof(Value) == 4, float2, uint32_t>;
   using Operand = typename Config::Operand;
   using Storage = DbiasStorage<Config>;
   using Stage = typename Storage::Stage;
@@ -132,7 +133,8 @@ class DbiasWarp {
   const int lane_ = threadIdx.x % 32;
   const int row0_ = threadIdx.x / 32 / Config::kKeyWarps * (16 * kM);
   const int column0_ = threadIdx.x / 32 % Config::kKeyWarps * (8 * kN);
-  float sum_[kM][kN][4], bias_[kM][kN][4];  // bias times log2(e)
+  float sum_[kM][kN][4];
+  Pair bias_[kM][kN][2];  // as they lie in memory: what takes half the registers leaves room for the rest
 
  public:
   __device__ __forceinline__ int row_of(int m, int half) const { return row0_ + 16 * m + 8 * half + lane_ / 4; }
@@ -141,8 +143,7 @@ class DbiasWarp {
   // The bias is the same for all that share the tile.
   __device__ __forceinline__ void start(const BackwardParams& p, const DbiasStep& owner) {
     set_zero(sum_);
-    if (p.bias_is_float32) return load_bias<float, float2>(p, owner);
-    if constexpr (!Config::kFloat) load_bias<typename Config::Element, uint32_t>(p, owner);
+    load_bias(p, owner);
   }
 
   __device__ __forceinline__ void add(const Stage& smem, const BackwardParams& p, const DbiasStep& step) {
@@ -184,6 +185,33 @@ class DbiasWarp {
     }
   }
 
+  // Straight to the gradient of a bias that has queries and keys.
+  __device__ __forceinline__ void store_rows(const BackwardParams& p, const DbiasOwner<Config>& owner) const {
+    Value* base = static_cast<Value*>(p.dbias) + owner.offset(p);
+    const int num_rows = p.num_queries - owner.q_blocks.first * Config::kQueries;
+    const int num_columns = p.num_keys - owner.key_blocks.first * Config::kKeys;
+    const bool paired = are_paired(p, base, p.dbias_query, p.dbias_key);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Value* row = base + row_of(m, half) * p.dbias_query;
+        const int columns = row_of(m, half) < num_rows ? num_columns : 0;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          const float* x = &sum_[m][n][2 * half];
+          const int column = column_of(n, 0);
+          if (paired) {
+            if (column < columns) *reinterpret_cast<Pair*>(row + column) = to_pair(x[0], x[1]);
+          } else {
+            if (column < columns) row[column * p.dbias_key] = from_float<Value>(x[0]);
+            if (column + 1 < columns) row[(column + 1) * p.dbias_key] = from_float<Value>(x[1]);
+          }
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void store_tile(float* tile) const {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -197,13 +225,11 @@ class DbiasWarp {
 
  private:
   // Without a branch, so that all loads are under way together. Beyond the last query or key others are read, whose P is 0.
-  template <class Value, class Pair>
   __device__ __forceinline__ void load_bias(const BackwardParams& p, const DbiasStep& owner) {
     const int64_t offset = owner.head.b0 * p.bias_b0 + owner.head.b1 * p.bias_b1 + owner.head.head * p.bias_head;
     const Value* base = static_cast<const Value*>(p.bias) + offset;
     const int query0 = owner.head.tile * Config::kQueries, key0 = owner.key_block * Config::kKeys;
-    const bool paired = p.bias_key == 1 && p.bias_query % 2 == 0 && p.num_keys % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(base) % sizeof(Pair) == 0;
+    const bool paired = are_paired(p, base, p.bias_query, p.bias_key);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -212,26 +238,41 @@ class DbiasWarp {
         if (paired) {
 #pragma unroll
           for (int n = 0; n < kN; ++n) {
-            const Pair pair = *reinterpret_cast<const Pair*>(row + min(key0 + column_of(n, 0), p.num_keys - 2));
-            float2 values;
-            if constexpr (sizeof(Value) == 4) {
-              values = pair;
-            } else {
-              values = unpack<Value>(pair);
-            }
-            bias_[m][n][2 * half] = values.x * kLog2e, bias_[m][n][2 * half + 1] = values.y * kLog2e;
+            bias_[m][n][half] = *reinterpret_cast<const Pair*>(row + min(key0 + column_of(n, 0), p.num_keys - 2));
           }
         } else {
 #pragma unroll
           for (int n = 0; n < kN; ++n) {
+            float x[2];
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              const int key = min(key0 + column_of(n, c), p.num_keys - 1);
-              bias_[m][n][2 * half + c] = to_float(row[key * p.bias_key]) * kLog2e;
-            }
+            for (int c = 0; c < 2; ++c) x[c] = to_float(row[min(key0 + column_of(n, c), p.num_keys - 1) * p.bias_key]);
+            bias_[m][n][half] = to_pair(x[0], x[1]);
           }
         }
       }
+    }
+  }
+
+  // Whether two keys of a query lie side by side and can be moved in one access.
+  __device__ __forceinline__ static bool are_paired(const BackwardParams& p, const Value* base, int64_t query_stride,
+                                                    int64_t key_stride) {
+    return key_stride == 1 && query_stride % 2 == 0 && p.num_keys % 2 == 0 &&
+           reinterpret_cast<uintptr_t>(base) % sizeof(Pair) == 0;
+  }
+
+  __device__ __forceinline__ static Pair to_pair(float low, float high) {
+    if constexpr (sizeof(Value) == 4) {
+      return make_float2(low, high);
+    } else {
+      return pack<Value>(low, high);
+    }
+  }
+
+  __device__ __forceinline__ static float2 values_of(Pair pair) {
+    if constexpr (sizeof(Value) == 4) {
+      return pair;
+    } else {
+      return unpack<Value>(pair);
     }
   }
 
@@ -296,10 +337,12 @@ class DbiasWarp {
         const float2 factors = *reinterpret_cast<const float2*>(smem.key_factor + column);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
+          const float2 low = values_of(bias_[m][n0 + n][0]), high = values_of(bias_[m][n0 + n][1]);
+          const float bias[4] = {low.x, low.y, high.x, high.y};
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             const float t = Config::kFoldsNorm ? s[m][n][r] * (r % 2 == 0 ? factors.x : factors.y) : s[m][n][r];
-            float x = fmaf(t, rows.score[m][r / 2], bias_[m][n0 + n][r] + rows.shift[m][r / 2]);
+            float x = fmaf(t, rows.score[m][r / 2], fmaf(bias[r], kLog2e, rows.shift[m][r / 2]));
             if constexpr (kHidden) {
               const bool visible = (smem.visible[column / 32] >> (column % 32 + r % 2) & 1) &&
                                    (!p.causal || key0 + column + r % 2 <=
@@ -364,7 +407,7 @@ __device__ __forceinline__ void write_tile(const float* tile, const BackwardPara
 }
 
 // Of a part of the sharers; grid: tiles, then parts.
-template <class Config>
+template <class Config, class Value>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     backward_dbias_kernel(const __grid_constant__ BackwardParams p, const DbiasParts parts) {
   extern __shared__ __align__(128) char shared_memory[];
@@ -374,14 +417,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const DbiasOwner<Config> owner(p, blockIdx.x % parts.tiles);
   const int part = blockIdx.x / parts.tiles, first = part * parts.sharers_a_part;
   const int end = min(first + parts.sharers_a_part, owner.num_sharers());
-  DbiasWarp<Config> warp;
-  warp.start(p, owner.sharer(0));
+  DbiasWarp<Config, Value> warp;
 
   DbiasStep next = owner.sharer(first);
   owner.skip_hidden(p, next, end);
   DbiasSources<Config> from(p, next);
   if (next.index < end) load_step<Config>(storage.stage[0], p, from, next);
   ptx::cp_async_commit();
+  warp.start(p, owner.sharer(0));  // while the first operands are on their way
 #pragma unroll 1
   for (int stage = 0; next.index < end; stage = (stage + 1) % kStages) {
     const DbiasStep step = next;
@@ -407,6 +450,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     warp.store_part(reinterpret_cast<float4*>(p.dbias_parts) + blockIdx.x * (Config::kTileFloats / 4));
     return;
   }
+  if (p.dbias_query != 0 && p.dbias_key != 0) return warp.store_rows(p, owner);
   __syncthreads();
   warp.store_tile(storage.tile);
   __syncthreads();
@@ -455,7 +499,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
 }
 
-template <class Config>
+template <class Config, class Value>
 cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
   int device = 0, multiprocessors = 1;
   cudaError_t error = cudaGetDevice(&device);
@@ -465,13 +509,21 @@ cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
   if (parts.count == 0) return cudaErrorInvalidConfiguration;
   const int64_t tiles = parts.tiles;
   constexpr int kBytes = sizeof(DbiasStorage<Config>), kTileBytes = sizeof(DbiasStorage<Config>::tile);
-  error = launch_blocks<backward_dbias_kernel<Config>>(p, parts, tiles * parts.count, Config::kThreads, kBytes, stream);
+  error = launch_blocks<backward_dbias_kernel<Config, Value>>(p, parts, tiles * parts.count, Config::kThreads, kBytes, stream);
   if (error != cudaSuccess || parts.count == 1) return error;
   if (p.dbias_query == 0 || p.dbias_key == 0) {
     return launch_blocks<backward_dbias_sum_kernel<Config>>(p, parts, tiles, Config::kThreads, kTileBytes, stream);
   }
   return launch_blocks<backward_dbias_sum_fragments_kernel<Config>>(p, parts, tiles * Config::kM * Config::kN,
                                                                     Config::kThreads, 0, stream);
+}
+
+template <class Config>
+cudaError_t launch_dbias_of_type(const BackwardParams& p, cudaStream_t stream) {
+  if constexpr (!Config::kFloat) {
+    if (!p.bias_is_float32) return launch_dbias_tiles<Config, typename Config::Element>(p, stream);
+  }
+  return launch_dbias_tiles<Config, float>(p, stream);
 }
 
 template <class Traits>
@@ -486,9 +538,9 @@ cudaError_t launch_dbias(const BackwardParams& p, cudaStream_t stream) {
       error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     if (error != cudaSuccess) return error;
-    if (limit < static_cast<int>(sizeof(DbiasStorage<Large>))) return launch_dbias_tiles<Small>(p, stream);
+    if (limit < static_cast<int>(sizeof(DbiasStorage<Large>))) return launch_dbias_of_type<Small>(p, stream);
   }
-  return launch_dbias_tiles<Large>(p, stream);
+  return launch_dbias_of_type<Large>(p, stream);
 }
 
 }  // namespace fcsa::sm80
