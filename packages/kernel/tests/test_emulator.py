@@ -57,6 +57,13 @@ def test_float16_with_bias(bias):
     assert_close_to_reference(x, flash_cosine_sim_attention, backend="sm80")
 
 
+@pytest.mark.parametrize(("nq", "nk"), [(150, 139), (270, 70)])
+def test_a_bias_gradient_of_more_tiles_than_blocks(nq, nk):
+    """A block takes one tile after the other; some are hidden as a whole, and keys do not come in pairs."""
+    x = make_inputs((3,), 2, nq=nq, nk=nk, d=40, dtype=torch.float16, bias="hij", causal=True)
+    assert_close_to_reference(x, flash_cosine_sim_attention, backend="sm80")
+
+
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
 def test_tiles_for_the_shared_memory_of_the_device(emulated, shared_memory):
     """The backward has smaller tiles for GPUs with 99 KB a block (compute capability 8.6, 8.9, 12.0)."""

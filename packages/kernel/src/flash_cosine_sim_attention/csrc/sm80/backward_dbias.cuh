@@ -450,11 +450,62 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     warp.store_part(reinterpret_cast<float4*>(p.dbias_parts) + blockIdx.x * (Config::kTileFloats / 4));
     return;
   }
-  if (p.dbias_query != 0 && p.dbias_key != 0) return warp.store_rows(p, owner);
   __syncthreads();
   warp.store_tile(storage.tile);
   __syncthreads();
   write_tile<Config>(storage.tile, p, owner);
+}
+
+// Where few share a tile and there are many: a block takes one tile after the other, and the next tile's operands are on
+// their way while this one's last sharer is added. Of a bias that has queries and keys.
+template <class Config, class Value>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    backward_dbias_tiles_kernel(const __grid_constant__ BackwardParams p, const DbiasParts parts) {
+  extern __shared__ __align__(128) char shared_memory[];
+  static_assert(Config::kStages == 2);
+  auto& stages = reinterpret_cast<DbiasStorage<Config>*>(shared_memory)->stage;
+  DbiasWarp<Config, Value> warp;
+  const int sharers = DbiasOwner<Config>(p, 0).num_sharers();
+  // The first sharer of a tile that is not hidden, or index `sharers`; its operands are then on their way.
+  const auto begin_tile = [&](int tile, int stage) {
+    const DbiasOwner<Config> owner(p, tile);
+    DbiasStep step = owner.sharer(0);
+    owner.skip_hidden(p, step, sharers);
+    if (step.index < sharers) load_step<Config>(stages[stage], p, DbiasSources<Config>(p, step), step);
+    ptx::cp_async_commit();
+    return step;
+  };
+
+  int stage = 0, tile = blockIdx.x;
+  DbiasStep next = begin_tile(tile, stage);
+#pragma unroll 1
+  while (tile < parts.tiles) {
+    const DbiasOwner<Config> owner(p, tile);
+    warp.start(p, owner.sharer(0));
+    const int next_tile = tile + gridDim.x;
+    bool has_begun = false;  // the next tile
+    DbiasStep step = next;
+#pragma unroll 1
+    while (step.index < sharers) {
+      DbiasStep after = step;
+      owner.advance(after);
+      owner.skip_hidden(p, after, sharers);
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this step's operands are there; nobody reads those of the step before
+      if (after.index < sharers) {
+        load_step<Config>(stages[stage ^ 1], p, DbiasSources<Config>(p, after), after);
+        ptx::cp_async_commit();
+      } else if (next_tile < parts.tiles) {
+        next = begin_tile(next_tile, stage ^ 1);
+        has_begun = true;
+      }
+      warp.add(stages[stage], p, step);
+      stage ^= 1, step = after;
+    }
+    if (!has_begun && next_tile < parts.tiles) next = begin_tile(next_tile, stage);  // all of this one is hidden
+    warp.store_rows(p, owner);
+    tile = next_tile;
+  }
 }
 
 // Adds the parts of one tile up, in their order.
@@ -509,6 +560,12 @@ cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
   if (parts.count == 0) return cudaErrorInvalidConfiguration;
   const int64_t tiles = parts.tiles;
   constexpr int kBytes = sizeof(DbiasStorage<Config>), kTileBytes = sizeof(DbiasStorage<Config>::tile);
+  if constexpr (Config::kStages == 2 && Config::kDepth > 32) {
+    if (parts.count == 1 && p.dbias_query != 0 && p.dbias_key != 0) {
+      const int64_t blocks = min(tiles, static_cast<int64_t>(multiprocessors) * Config::kMinBlocks);
+      return launch_blocks<backward_dbias_tiles_kernel<Config, Value>>(p, parts, blocks, Config::kThreads, kBytes, stream);
+    }
+  }
   error = launch_blocks<backward_dbias_kernel<Config, Value>>(p, parts, tiles * parts.count, Config::kThreads, kBytes, stream);
   if (error != cudaSuccess || parts.count == 1) return error;
   if (p.dbias_query == 0 || p.dbias_key == 0) {
