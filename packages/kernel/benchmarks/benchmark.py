@@ -99,8 +99,8 @@ def chosen_presets(options: argparse.Namespace) -> list[Preset]:
     if options.mask_prob is not None:
         given |= {"mask_prob": options.mask_prob, "padded": False}
     changes = {name: value for name, value in given.items() if value is not None}
-    names = dict.fromkeys(name for given_name in options.preset for name in GROUPS.get(given_name, (given_name,)))
-    return [replace(PRESETS[name], **changes) for name in names]
+    presets = [preset for name in options.preset for preset in GROUPS.get(name) or (PRESETS[name],)]
+    return [replace(preset, **changes) for preset in presets]
 
 
 @dataclass
