@@ -1,11 +1,13 @@
 """A small set of calls for compute-sanitizer: `nox -s sanitize` runs it under memcheck, racecheck and initcheck.
 
 Every kernel family of both architectures: plain, causal with grouped heads, key mask, bias with its gradient, groups,
-running maximum, in each dtype; lengths that leave parts of tiles empty, and more tiles than a pipeline has stages.
+running maximum, biases by position and of many rows, in each dtype;
+lengths that leave parts of tiles empty, and more tiles than a pipeline has stages.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -20,11 +22,16 @@ OPTIONS: tuple[dict, ...] = (
     {"groups": 2},
     {"scale": "head"},
     {"nq": 129, "nk": 1100},
+    {"bias": "alibi", "causal": True},
+    {"bias": "hij", "batch": (6,), "d": 32, "nq": 65, "nk": 65},
+    {"d": 128, "causal": True},
 )
 
 
 def run(backend: str | None, dtype: torch.dtype, options: dict) -> None:
-    inputs = make_inputs((1,), 2, dtype=dtype, device="cuda", **({"nq": 150, "nk": 140, "d": 64} | options))
+    print(backend or "automatic", dtype, options, flush=True)
+    sizes = {"batch": (1,), "heads": 2, "nq": 150, "nk": 140, "d": 64} | options
+    inputs = make_inputs(dtype=dtype, device="cuda", **sizes)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.tensors().items()}
     for _ in range(2):  # a later call of a signature goes a way of its own
         out = flash_cosine_sim_attention(**(inputs.arguments() | leaves), backend=backend)
@@ -32,17 +39,19 @@ def run(backend: str | None, dtype: torch.dtype, options: dict) -> None:
         out.backward(torch.randn_like(out))
 
 
-def main() -> None:
+def main(backends: list[str]) -> None:
+    """backends: "sm80", "automatic"; none for both."""
     warnings.simplefilter("error", RuntimeWarning)  # a call without the fused kernels checks nothing
-    for backend in ("sm80", None):
+    for name in backends or ("sm80", "automatic"):
+        backend = None if name == "automatic" else name
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if backend is None and dtype == torch.float32:
                 continue  # the same kernels
             for options in OPTIONS:
                 run(backend, dtype, options)
-    torch.cuda.synchronize()
+                torch.cuda.synchronize()
     print("done")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
