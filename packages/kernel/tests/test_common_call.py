@@ -51,7 +51,9 @@ def short_backwards(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": True, "nk": 40}, {"kv_heads": 1, "heads": 4}, {"scale": 3}, {"scale": 60.0}], ids=str
+    "options",
+    [{}, {"causal": True, "nk": 40}, {"kv_heads": 1, "heads": 4}, {"scale": 3}, {"scale": 60.0}, {"mask": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("lse", [False, True])
 def test_values_and_gradients(short_ways, short_backwards, dtype, options, lse):
@@ -143,7 +145,6 @@ def test_layouts(short_ways):
 @pytest.mark.parametrize(
     "options",
     [
-        {"mask": True},
         {"bias": "hij"},
         {"scale": "head"},
         {"groups": 2},
@@ -162,6 +163,21 @@ def test_other_calls_go_the_usual_way(short_ways, options):
     for _ in range(2):
         flash_cosine_sim_attention(**inputs.arguments(), backend="sm80")
     assert taken(short_ways) == 0
+
+
+def test_masks(short_ways, short_backwards):
+    """One for all batch rows, transposed, sliced; of other forms the usual way."""
+    q, k, v = (torch.randn(3, 2, 19, 16).bfloat16().requires_grad_() for _ in range(3))
+    dout = torch.randn_like(q)
+    base = torch.rand(19, 3) < 0.7
+    known = (base.T, base[:, :1].T, (torch.rand(3, 40) < 0.7)[:, 1:39:2], (torch.rand(19) < 0.7).expand(3, -1))
+    for mask in (*known, base[:, 0]):
+        results = []
+        for _ in range(2):
+            out = flash_cosine_sim_attention(q, k, v, mask=mask, backend="sm80")
+            results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), dout)))
+        assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    assert taken(short_ways) == len(short_backwards) == len(known)
 
 
 def test_modes_go_the_usual_way(short_ways):

@@ -78,9 +78,9 @@ def flash_cosine_sim_attention(
         >>> flash_cosine_sim_attention(q, k, v, causal=True).shape
         torch.Size([2, 8, 1024, 64])
     """
-    is_plain = mask is None and attn_bias is None and groups == 1 and l2norm_qk
-    if is_plain:
-        known = common_call.attend(q, k, v, scale, causal, backend, return_lse)
+    may_be_common = attn_bias is None and groups == 1 and l2norm_qk
+    if may_be_common:
+        known = common_call.attend(q, k, v, mask, scale, causal, backend, return_lse)
         if known is not None:
             return known
     q, k, v = _autocast(q, k, v)
@@ -96,8 +96,8 @@ def flash_cosine_sim_attention(
     if backends.uses_sdpa(*fields[:5], causal, return_lse, toeplitz, backend):
         return restore(sdpa.attention(*fields, groups, causal, l2norm_qk), q)
     out, lse, _, _ = ops.forward(*fields, groups, causal, l2norm_qk, toeplitz, backend or "")
-    if is_plain:
-        common_call.remember(q, k, v, scale, causal, backend)
+    if may_be_common:
+        common_call.remember(q, k, v, mask, scale, causal, backend)
     out = restore(out, q)
     return (out, restore(lse, q)) if return_lse else out
 

@@ -1,10 +1,10 @@
 """The common call in few steps of host time: what a signature settled once is not asked again.
 
-Half precision, (b, h, n, d) tensors in the kernels' form, one group, norm inside, a number as scale; no mask, no bias;
-plain eager code. The first call of a signature (sizes, strides, dtypes, device, options) goes the usual way; if a CUDA
-kernel serves it, later ones go from here straight to one operator that allocates and launches, and so do their
-backwards (common_forward and common_backward in csrc/torch_binding.cpp, which knows the signatures). Everything else is
-left to `attention.py`.
+Half precision, (b, h, n, d) tensors in the kernels' form, one group, norm inside, a number as scale, a key mask
+(b | 1, j) or none, no bias; plain eager code. The first call of a signature (sizes, strides, dtypes, device, options)
+goes the usual way; if a CUDA kernel serves it, later ones go from here straight to one operator that allocates and
+launches, and so do their backwards (common_forward and common_backward in csrc/torch_binding.cpp, which knows the
+signatures). Everything else is left to `attention.py`.
 """
 
 from __future__ import annotations
@@ -37,23 +37,32 @@ _backward: Any = None
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | Tensor,
+    causal: bool,
+    backend: str | None,
+    return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
-    """What a call with neither mask nor bias returns; None where it is to go the usual way."""
-    if not _is_common(q, k, v, scale, backend) or _forward is None:
+    """What a call without a bias returns; None where it is to go the usual way."""
+    if not _is_common(q, k, v, mask, scale, backend) or _forward is None:
         return None
     if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
-        return _apply(q, k, v, scale, causal, _BACKENDS[backend], return_lse)
-    out, _, lse = _forward(q, k, v, scale, causal, _BACKENDS[backend], return_lse)
+        return _apply(q, k, v, mask, scale, causal, _BACKENDS[backend], return_lse)
+    out, _, lse = _forward(q, k, v, mask, scale, causal, _BACKENDS[backend], return_lse)
     return (out, lse) if return_lse and out is not None else out
 
 
-def _is_common(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, backend: str | None) -> bool:
+def _is_common(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | Tensor, backend: str | None
+) -> bool:
     if torch.compiler.is_compiling() or _is_watched() or type(scale) not in (float, int):
         return False
     if type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
         return False
-    return q.dtype in _HALF and backend in _BACKENDS
+    return q.dtype in _HALF and backend in _BACKENDS and (mask is None or type(mask) is Tensor)
 
 
 def _is_watched() -> bool:
@@ -61,21 +70,30 @@ def _is_watched() -> bool:
     return bool(_dispatch_modes() or _function_modes() or _autocast() or _transforms() is not None)
 
 
-def remember(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, causal: bool, backend: str | None) -> None:
+def remember(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | Tensor,
+    causal: bool,
+    backend: str | None,
+) -> None:
     """After a call went the usual way: how the next one of its signature goes."""
-    if not _is_common(q, k, v, scale, backend):
+    if not _is_common(q, k, v, mask, scale, backend):
         return
-    tensors = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, k.dtype, v.dtype)
-    signature = (*tensors, q.device, k.device, v.device, scale, causal, backend)
+    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    signature = (*((x.shape, x.stride(), x.dtype, x.device) for x in tensors), scale, causal, backend)
     if signature in _settled or any(x.data_ptr() % 16 for x in (q, k, v)):
         return
     if len(_settled) >= MAX_SIGNATURES:
         forget()
     _settled.add(signature)
-    problem = _problem(q, k, v, float(scale), causal)
-    launcher = _launcher("forward", problem, backend or "") if _has_form(q, k, v, problem) else None
+    if not _has_form(q, k, v, mask):
+        return
+    launcher = _launcher("forward", _problem(q, k, v, mask, float(scale), causal), backend or "")
     if launcher is not None:
-        _remember(FORWARD, (q, k, v, scale, causal, _BACKENDS[backend]), launcher.address, 0, 0, 0)
+        _remember(FORWARD, (q, k, v, mask, scale, causal, _BACKENDS[backend]), launcher.address, 0, 0, 0)
 
 
 def forget() -> None:
@@ -93,18 +111,25 @@ def _remember(which_pass: int, call: tuple, *plan: int) -> None:
     operators.remember_common(which_pass, *call, *plan)
 
 
-def _has_form(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> bool:
+def _has_form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernels take the tensors as they are, and the output has a layout like that of q."""
     if q.ndim != 4 or k.ndim != 4 or q.shape[-1] % 8 or v.shape[-1] != q.shape[-1]:
         return False
     if 0 in q.shape or 0 in k.shape or 0 in q.stride():
         return False
-    return has_rows(problem.q) and has_rows(problem.k) and has_rows(problem.v)
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] not in (1, q.shape[0]) or mask.shape[1] != k.shape[2]):
+        return False
+    return all(has_rows(x.unsqueeze(1)) for x in (q, k, v))
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Problem:
+def _problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Problem:
     q, k, v = (x.detach().unsqueeze(1) for x in (q, k, v))
-    return Problem(q, k, v, None, None, None, float(scale), 1, causal, True)
+    return Problem(q, k, v, _canonical(mask), None, None, float(scale), 1, causal, True)
+
+
+def _canonical(mask: Tensor | None) -> Tensor | None:
+    """(b | 1, j) -> (b0 | 1, 1, j)"""
+    return None if mask is None else mask.unsqueeze(1)
 
 
 def _launcher(pass_name: str, problem: Problem, backend: str) -> cuda.Launcher | None:
@@ -115,11 +140,11 @@ def _launcher(pass_name: str, problem: Problem, backend: str) -> cuda.Launcher |
 
 class _CommonCall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal, backend, return_lse):
-        out, left, lse = _forward(q, k, v, scale, causal, backend, return_lse)
+    def forward(ctx, q, k, v, mask, scale, causal, backend, return_lse):
+        out, left, lse = _forward(q, k, v, mask, scale, causal, backend, return_lse)
         if out is None:
             return None
-        ctx.save_for_backward(out, left, lse, q, k, v)
+        ctx.save_for_backward(out, left, lse, q, k, v, mask)
         ctx.call = (scale, causal, backend)
         ctx.set_materialize_grads(False)
         return (out, lse) if return_lse else out
@@ -128,34 +153,36 @@ class _CommonCall(torch.autograd.Function):
     def backward(ctx, dout, dlse=None):
         if dout is None or type(dout) is not Tensor or torch.is_grad_enabled() or _is_watched():
             return _backward_in_full(ctx, dout, dlse)
-        call, wanted, (out, left, lse, q, k, v) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        call, wanted, (out, left, lse, q, k, v, mask) = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         if dout.stride() != out.stride() or dout.data_ptr() % 16:
             dout = _with_rows(dout)
         dlse = None if dlse is None else dlse.contiguous()
         deterministic = torch.are_deterministic_algorithms_enabled()
-        tensors, wishes = (dout, dlse, out, left, lse, q, k, v), (deterministic, wanted[0], wanted[1], wanted[2])
+        tensors, wishes = (dout, dlse, out, left, lse, q, k, v, mask), (deterministic, wanted[0], wanted[1], wanted[2])
         gradients = _backward(*tensors, *call, *wishes)
         if gradients == (None, None, None):
-            if not _settle_backward(q, k, v, call, deterministic):
+            if not _settle_backward(q, k, v, mask, call, deterministic):
                 return _backward_in_full(ctx, dout, dlse)
             gradients = _backward(*tensors, *call, *wishes)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 _apply = super(torch.autograd.Function, _CommonCall).apply
 """Without a look for tensors of functorch, which `_is_watched` has ruled out: 1.5 us."""
 
 
-def _settle_backward(q: Tensor, k: Tensor, v: Tensor, call: tuple[float, bool, int], deterministic: bool) -> bool:
+def _settle_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: tuple[float, bool, int], deterministic: bool
+) -> bool:
     """Remembers the kernel that the usual way would take; False if none serves."""
     scale, causal, backend = call
-    problem = _problem(q, k, v, scale, causal)
+    problem = _problem(q, k, v, mask, scale, causal)
     launcher = _launcher("backward", problem, f"sm{backend}" if backend else "")
     if launcher is None:
         return False
     which = DETERMINISTIC_BACKWARD if deterministic else BACKWARD
     sizes = cuda.accumulator(launcher, problem, deterministic)
-    _remember(which, (q, k, v, scale, causal, backend), launcher.address, launcher.head_dim, *sizes)
+    _remember(which, (q, k, v, mask, scale, causal, backend), launcher.address, launcher.head_dim, *sizes)
     return True
 
 
@@ -167,12 +194,12 @@ def _with_rows(x: Tensor) -> Tensor:
 def _backward_in_full(ctx, dout, dlse):
     """The usual way: where a graph of the backward is wanted, under modes, or without a gradient of out."""
     (scale, causal, backend), wanted = ctx.call, ctx.needs_input_grad
-    out, left, lse, q, k, v = ctx.saved_tensors
+    out, left, lse, q, k, v, mask = ctx.saved_tensors
     saved = [x.unsqueeze(1) for x in (out, *_left_by_forward(left, lse, q, k), q, k, v)]
     upstream = [None if x is None else x.unsqueeze(1) for x in (dout, dlse)]
-    options = (None, None, None, float(scale), 1, causal, True, False, f"sm{backend}" if backend else "")
+    options = (_canonical(mask), None, None, float(scale), 1, causal, True, False, f"sm{backend}" if backend else "")
     gradients = ops.gradients(*upstream, *saved, *options, [*wanted[:3], False, False])
-    return *(None if x is None else x.squeeze(1) for x in gradients[:3]), None, None, None, None
+    return *(None if x is None else x.squeeze(1) for x in gradients[:3]), None, None, None, None, None
 
 
 def _left_by_forward(left: Tensor, lse: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -336,7 +336,7 @@ void launch_backward(int64_t launcher, Tensor q, Tensor k, Tensor v, OptionalTen
 }
 
 // ---- the common call, allocations included, in one go each way: half precision, (b, h, n, d) tensors in the kernels' form with one
-// head dim, one group, the norm, no mask, no bias, no learned scale. The adapter (common_call.py) knows all this of a signature.
+// head dim, one group, the norm, a mask (b | 1, j) or none, no bias, no learned scale. The adapter (common_call.py) knows all this of a signature.
 
 // A new tensor on the device of `like`.
 Tensor empty(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
@@ -390,7 +390,8 @@ struct LeftByForward {
   }
 };
 
-void set_common_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, double scale_value, bool causal) {
+void set_common_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                        double scale_value, bool causal) {
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4) fail("q, k, v", "4 dims (b, h, n, d)", shape_of(q) + ", " + shape_of(k));
   const auto q_sizes = q.sizes(), k_sizes = k.sizes();
   p.b0 = static_cast<int32_t>(q_sizes[0]), p.b1 = 1, p.heads = static_cast<int32_t>(q_sizes[1]);
@@ -400,11 +401,15 @@ void set_common_problem(fcsa::Problem& p, const Tensor& q, const Tensor& k, cons
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
   p.q_strides = row_strides("q", q), p.k_strides = row_strides("k", k), p.v_strides = row_strides("v", v);
   p.scale_value = static_cast<float>(scale_value);
+  if (mask.has_value()) {
+    p.mask = static_cast<const uint8_t*>(mask->data_ptr());
+    p.mask_b0 = broadcast_stride(*mask, 0), p.mask_key = broadcast_stride(*mask, 1);
+  }
 }
 
-// What decides how a common call is served: sizes, strides, dtypes and devices of q, k and v, and the options.
+// What decides how a common call is served: sizes, strides, dtypes and devices of q, k, v and the mask, and the options.
 struct Signature {
-  static constexpr int kWords = 3 * 9 + 2;
+  static constexpr int kWords = 3 * 9 + 5 + 2;
   uint64_t words[kWords];
   bool operator==(const Signature& other) const { return std::memcmp(words, other.words, sizeof(words)) == 0; }
 };
@@ -430,21 +435,32 @@ struct Plan {
 std::unordered_map<Signature, Plan, SignatureHash> plans;
 std::mutex plans_mutex;
 
+uint64_t kind_of(const Tensor& x) {  // dtype and device
+  int32_t dtype = 0, device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  const uint64_t device = static_cast<uint64_t>(device_type) << 16 | static_cast<uint16_t>(x.get_device_index());
+  return static_cast<uint64_t>(dtype) << 32 | device;
+}
+
+uint64_t* write_shape(uint64_t* word, const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  for (size_t dim = 0; dim < sizes.size(); ++dim) *word++ = sizes[dim], *word++ = strides[dim];
+  *word++ = kind_of(x);
+  return word;
+}
+
 // Nothing for tensors that the kernels would not take as they are; their strides have been looked at when the plan was made.
-std::optional<Signature> signature_of(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, double scale_value,
-                                      bool causal, int64_t backend) {
-  Signature signature;
+std::optional<Signature> signature_of(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+                                      double scale_value, bool causal, int64_t backend) {
+  Signature signature{};
   uint64_t* word = signature.words;
   for (const Tensor* x : {&q, &k, &v}) {
     if (x->dim() != 4 || reinterpret_cast<uintptr_t>(x->data_ptr()) % 16 != 0) return std::nullopt;
-    const auto sizes = x->sizes(), strides = x->strides();
-    for (int dim = 0; dim < 4; ++dim) *word++ = sizes[dim], *word++ = strides[dim];
-    int32_t dtype = 0, device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x->get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x->get(), &device_type));
-    const uint64_t device = static_cast<uint64_t>(device_type) << 16 | static_cast<uint16_t>(x->get_device_index());
-    *word++ = static_cast<uint64_t>(dtype) << 32 | device;
+    word = write_shape(word, *x);
   }
+  if (mask.has_value() && mask->dim() != 2) return std::nullopt;
+  word = mask.has_value() ? write_shape(word, *mask) : word + 5;
   std::memcpy(word++, &scale_value, sizeof(scale_value));
   *word = static_cast<uint64_t>(backend) << 8 | static_cast<uint64_t>(pass) << 1 | static_cast<uint64_t>(causal);
   return signature;
@@ -458,9 +474,9 @@ std::optional<Plan> plan_of(const std::optional<Signature>& signature) {
 }
 
 // How later calls go that have this call's signature.
-void remember_common(int64_t pass, Tensor q, Tensor k, Tensor v, double scale_value, bool causal, int64_t backend,
+void remember_common(int64_t pass, Tensor q, Tensor k, Tensor v, OptionalTensor mask, double scale_value, bool causal, int64_t backend,
                      int64_t launcher, int64_t columns, int64_t dq_heads, int64_t progress_words) {
-  const auto signature = signature_of(static_cast<Pass>(pass), q, k, v, scale_value, causal, backend);
+  const auto signature = signature_of(static_cast<Pass>(pass), q, k, v, mask, scale_value, causal, backend);
   if (!signature.has_value()) return;
   const std::lock_guard<std::mutex> lock(plans_mutex);
   plans[*signature] = {launcher, columns, dq_heads, progress_words};
@@ -472,12 +488,13 @@ void forget_common(Tensor) {
 }
 
 // Nothing where no call of this signature has been remembered.
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_forward(Tensor q, Tensor k, Tensor v, double scale_value,
-                                                                          bool causal, int64_t backend, bool returns_lse) {
-  const auto plan = plan_of(signature_of(Pass::kForward, q, k, v, scale_value, causal, backend));
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_forward(Tensor q, Tensor k, Tensor v, OptionalTensor mask,
+                                                                          double scale_value, bool causal, int64_t backend,
+                                                                          bool returns_lse) {
+  const auto plan = plan_of(signature_of(Pass::kForward, q, k, v, mask, scale_value, causal, backend));
   if (!plan.has_value()) return {};
   fcsa::ForwardParams p{};
-  set_common_problem(p, q, k, v, scale_value, causal);
+  set_common_problem(p, q, k, v, mask, scale_value, causal);
   p.bound = std::abs(p.scale_value);
   Tensor out = empty_like(q);
   p.out = out.data_ptr(), p.out_strides = row_strides("out", out);
@@ -501,12 +518,12 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_forward(Tensor
 // progress_words: the size of dq_progress, 0: none. Nothing where no backward of this signature has been remembered.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> common_backward(
     Tensor dout, OptionalTensor dlse, Tensor out, Tensor left, OptionalTensor lse, Tensor q, Tensor k, Tensor v,
-    double scale_value, bool causal, int64_t backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) {
+    OptionalTensor mask, double scale_value, bool causal, int64_t backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) {
   const Pass pass = deterministic ? Pass::kDeterministicBackward : Pass::kBackward;
-  const auto plan = plan_of(signature_of(pass, q, k, v, scale_value, causal, backend));
+  const auto plan = plan_of(signature_of(pass, q, k, v, mask, scale_value, causal, backend));
   if (!plan.has_value()) return {};
   fcsa::BackwardParams p{};
-  set_common_problem(p, q, k, v, scale_value, causal);
+  set_common_problem(p, q, k, v, mask, scale_value, causal);
   const int64_t batch = p.b0, heads = p.heads, kv_heads = p.kv_heads, queries = p.num_queries, keys = p.num_keys;
   const int64_t width = p.head_dim;
   check_shape("dout", dout, {batch, heads, queries, width});
@@ -553,14 +570,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flash_cosine_sim_attention, m) {
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? q_rnorm, Tensor(d!)? k_rnorm, Tensor(e!)? q_unit, Tensor(f!)? k_unit, Tensor(g!)? v_split, "
       "Tensor(h!)? v_largest, Tensor(i!)? next_item, Tensor(j!)? packed_bias, bool pair_kernels) -> ()");
   m.def(
-      "common_forward(Tensor q, Tensor k, Tensor v, float scale_value, bool causal, int backend, bool returns_lse) "
+      "common_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale_value, bool causal, int backend, bool returns_lse) "
       "-> (Tensor? out, Tensor? left, Tensor? lse)");
   m.def(
       "common_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor left, Tensor? lse, Tensor q, Tensor k, Tensor v, "
-      "float scale_value, bool causal, int backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) "
+      "Tensor? mask, float scale_value, bool causal, int backend, bool deterministic, bool wants_dq, bool wants_dk, bool wants_dv) "
       "-> (Tensor? dq, Tensor? dk, Tensor? dv)");
   m.def(
-      "remember_common(int which_pass, Tensor q, Tensor k, Tensor v, float scale_value, bool causal, int backend, int launcher, "
+      "remember_common(int which_pass, Tensor q, Tensor k, Tensor v, Tensor? mask, float scale_value, bool causal, int backend, int launcher, "
       "int columns, int dq_heads, int progress_words) -> ()");
   m.def("forget_common(Tensor any) -> ()");
   m.def(
