@@ -84,12 +84,13 @@ __device__ __forceinline__ void write_gradients(const BackwardParams& p, const B
   const auto rows =
       backward::projected_keys<Traits>(p, block.index, block.first_key, block.num_keys, mask_row(p, block.index));
   RowPair<Traits> pair(rows, thread.warpgroup * kSquare, thread.thread);
-  if (p.dk != nullptr) pair.load(rows);
   if (p.dv != nullptr) {
     Element* target = static_cast<Element*>(p.dv) + block.index.offset(p.dv_strides) + block.first_key * p.dv_strides.row;
     write_rows<Traits>(dv, pair, target, p.dv_strides.row, p.head_dim);
   }
-  if (p.dk != nullptr) project_and_write_rows<Traits>(dk, pair, rows);
+  if (p.dk == nullptr) return;
+  pair.load(rows);  // no earlier: while dk and dv are in registers it would be spilled
+  project_and_write_rows<Traits>(dk, pair, rows);
 }
 
 }  // namespace fcsa::sm90
