@@ -233,8 +233,8 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
     out = writable(outputs.out, width)
     bias, plan = kernel_bias(problem.bias, q.dtype), plan_bias(problem, "forward", launcher.head_dim)
-    if bias is not None and launcher.arch == "sm90":
-        bias, plan = bias_with_rows(bias, bias.shape[-1]), BiasPlan(None, False)
+    if bias is not None and launcher.arch == "sm90" and not problem.toeplitz:
+        bias, plan = bias_with_rows(bias, k.shape[-2]), BiasPlan(None, False)
     split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
     copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(

@@ -144,7 +144,7 @@ void land(const Load& load) {
 struct Map {
   char* data;
   uint32_t extents[5], box[2];  // the other three of a box are 1
-  uint32_t value_bytes, chunks;  // of a swizzled row of a box: 8 or 4 of 16 bytes; 1: not swizzled
+  uint32_t value_bytes, chunks;  // of a swizzled row of a box: 8 or 4 of 16 bytes
   uint64_t strides[4];          // bytes
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -152,13 +152,13 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 CUresult encode(CUtensorMap* target, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* extents,
                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const bool wide = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32, plain = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE;
-  const uint32_t chunks = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 8 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 4 : 1;
+  const bool wide = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const uint32_t chunks = swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 8 : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 4 : 0;
   bool known = rank == 5 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-               (plain || chunks > 1) && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
+               chunks != 0 && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
                (wide || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
   Map map{static_cast<char*>(data), {}, {box[0], box[1]}, wide ? 4u : 2u, chunks, {}};
-  known = known && box[0] <= 256 && (plain || box[0] * map.value_bytes == chunks * 16) && box[1] <= 256 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  known = known && box[0] * map.value_bytes == chunks * 16 && box[1] <= 256 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   for (int i = 0; known && i < 5; ++i) {
     map.extents[i] = static_cast<uint32_t>(extents[i]);
     known = extents[i] > 0 && extents[i] <= UINT32_MAX && steps[i] == 1 && (i < 2 || box[i] == 1);

@@ -43,7 +43,7 @@ cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   ForwardMaps maps;
   cudaError_t error = make_input_maps<typename Traits::Element>(&maps, p, Traits::kBlockM, Traits::kBlockN);
   if (error != cudaSuccess) return error;
-  if constexpr (Traits::kBias) {
+  if constexpr (Traits::kBias && !Traits::kDiagonals) {
     error = make_bias_map<typename Traits::BiasTile>(&maps.bias, p);
     if (error != cudaSuccess) return error;
   }
@@ -85,7 +85,9 @@ cudaError_t launch_forward_biased(const ForwardParams& p, cudaStream_t stream) {
   if (p.bias == nullptr) return cudaErrorInvalidValue;
   const cudaError_t error = launch_prologue<Traits>(p, stream);
   if (error != cudaSuccess) return error;
-  if constexpr (Traits::kDiagonals) return launch_biased<Traits, Diagonals>(p, stream);
+  if constexpr (Traits::kDiagonals) {
+    return p.bias_is_float32 ? launch_biased<Traits, Diagonals>(p, stream) : cudaErrorInvalidValue;
+  }
   if (p.bias_is_float32) return launch_biased<Traits, float>(p, stream);
   return launch_biased<Traits, typename Traits::Element>(p, stream);
 }

@@ -106,28 +106,38 @@ struct DiagonalTile {
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kShift = 15;  // of the second copy
-  static constexpr int kBoxes = 2;   // of a copy: no more than 256 entries each, multiples of 128 bytes
-  static constexpr int kPanelCols = (kRows + kCols + kShift + 63) / 64 * 32;
-  static constexpr int kCopy = kBoxes * kPanelCols;
-  static constexpr int kBytes = 2 * kCopy * 4;
-  static_assert(kPanelCols <= 256);
+  static constexpr int kEntries = kRows + kCols - 1;
+  static constexpr int kCopy = (kEntries + kShift + 31) / 32 * 32;
+  static constexpr int kBytes = 0;  // by TMA
 
-  alignas(128) float data[2 * kCopy];
+  alignas(16) float data[2 * kCopy];
 };
 
-template <int kRows, int kCols>
-__device__ __forceinline__ void load_bias_tile(DiagonalTile<kRows, kCols>& tile, const TensorMap& source, int first_query,
-                                               int first_key, int head, int b1, int b0, uint64_t& barrier) {
-  using Tile = DiagonalTile<kRows, kCols>;
+// Those entries on their way from device memory to shared memory through the registers of one warp.
+template <class Tile>
+struct DiagonalLoads {
+  static constexpr int kEach = (Tile::kEntries + 31) / 32;
+  const float* diagonals;  // [key - query]
+  float values[kEach];
+
+  __device__ __forceinline__ void load(const Problem& p, int first_query, int first_key) {
 #pragma unroll
-  for (int box = 0; box < 2 * Tile::kBoxes; ++box) {
-    const int copy = box / Tile::kBoxes, within = box % Tile::kBoxes * Tile::kPanelCols;
-    const int first = first_key - first_query - (kRows - 1) + source.origin;
-    const int32_t coordinates[5] = {first - copy * Tile::kShift + within, 0, head * source.head_step, b1 * source.b1_step,
-                                    b0 * source.b0_step};
-    load_box(tile.data + copy * Tile::kCopy + within, source.map, coordinates, barrier);
+    for (int i = 0; i < kEach; ++i) {
+      const int at = first_key - first_query - (Tile::kRows - 1) + i * 32 + static_cast<int>(threadIdx.x % 32);
+      values[i] = at > -p.num_queries && at < p.num_keys ? diagonals[at] : 0.0f;
+    }
   }
-}
+
+  __device__ __forceinline__ void store(Tile& tile) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int entry = i * 32 + threadIdx.x % 32;
+      if (entry >= Tile::kEntries) continue;
+      tile.data[entry] = values[i];
+      tile.data[Tile::kCopy + Tile::kShift + entry] = values[i];
+    }
+  }
+};
 
 template <int kRows, int kCols>
 class BiasReader<DiagonalTile<kRows, kCols>> {
@@ -271,13 +281,6 @@ __device__ __forceinline__ void add_bias(float (&s)[Traits::kBlockN / 2], float 
 // sees to it).
 template <class Tile>
 cudaError_t make_bias_map(TensorMap* map, const Problem& p) {
-  if constexpr (kIsDiagonals<Tile>) {  // one row of them a (b0, b1, head)
-    const int32_t sizes[5] = {p.b0, p.b1, p.heads, 1, p.num_queries + p.num_keys - 1};
-    if (!p.bias_is_float32 || p.bias_query != -1) return cudaErrorInvalidValue;
-    map->origin = p.num_queries - 1;
-    const float* first = static_cast<const float*>(p.bias) - map->origin;
-    return make_tensor_map<float>(map, first, {p.bias_b0, p.bias_b1, p.bias_head, 0}, sizes, 1, Tile::kPanelCols, true);
-  }
   const int32_t sizes[5] = {p.b0, p.b1, p.heads, p.num_queries, p.num_keys};
   if (p.bias_key != 1 && p.num_keys > 1) return cudaErrorNotSupported;
   return make_tensor_map<typename Tile::Value>(map, p.bias, {p.bias_b0, p.bias_b1, p.bias_head, p.bias_query}, sizes, Tile::kRows,

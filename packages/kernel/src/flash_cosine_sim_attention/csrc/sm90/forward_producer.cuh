@@ -32,6 +32,26 @@ struct KeyFactors {
   }
 };
 
+// The same for a bias by its diagonals; without one, nothing.
+template <class Traits>
+struct TileDiagonals {
+  std::conditional_t<Traits::kDiagonals, DiagonalLoads<DiagonalTile<Traits::kBlockM, Traits::kBlockN>>, char> loads;
+
+  __device__ __forceinline__ TileDiagonals(const Problem& p, const BlockOfQueries<Traits>& block) {
+    if constexpr (Traits::kDiagonals) {
+      loads.diagonals = static_cast<const float*>(p.bias) + block.b0 * p.bias_b0 + block.b1 * p.bias_b1 + block.head * p.bias_head;
+    }
+  }
+
+  __device__ __forceinline__ void load(const Problem& p, const BlockOfQueries<Traits>& block, int tile) {
+    if constexpr (Traits::kDiagonals) loads.load(p, block.first_query, tile * Traits::kBlockN);
+  }
+
+  __device__ __forceinline__ void store(ForwardStorage<Traits>& smem, int stage) const {
+    if constexpr (Traits::kDiagonals) loads.store(smem.bias[stage]);
+  }
+};
+
 // The item after `item` for this thread block: whichever is the next that no block has taken, or, without a counter, in
 // turn. All lanes get it.
 __device__ __forceinline__ uint32_t next_item(const ForwardParams& p, uint32_t item) {
@@ -107,7 +127,11 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
     const float* k_rnorm = p.k_rnorm != nullptr && p.k_unit == nullptr ? p.k_rnorm + first_key : nullptr;
     TileWalk<Traits> walk(p, block);
     KeyFactors<Traits> key_factors;
-    if (walk.next >= 0) key_factors.load(k_rnorm, walk.next, p.num_keys);
+    TileDiagonals<Traits> diagonals(p, block);
+    if (walk.next >= 0) {
+      key_factors.load(k_rnorm, walk.next, p.num_keys);
+      diagonals.load(p, block, walk.next);
+    }
 
     wait(smem.empty_q, q_phase ^ 1);
     q_phase ^= 1;
@@ -120,18 +144,22 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       const int stage = ring.stage, first_row = walk.tile * Traits::kBlockN;
       wait(smem.empty_k[stage], ring.phase ^ 1);
       key_factors.store(smem.k_factor[factors.stage]);
+      diagonals.store(smem, stage);
       if (lane == 0) {
         if constexpr (Traits::kKeyMask) smem.records[factors.stage] = {walk.visible, walk.tile, walk.next < 0, false};
         arrive_and_expect(smem.full_k[stage], Traits::kStageBytes);
         load_tile(smem.k[stage], maps.k, first_row, kv_head, block.b1, block.b0, smem.full_k[stage]);
-        if constexpr (Traits::kBias) {
+        if constexpr (Traits::kBias && !Traits::kDiagonals) {
           load_bias_tile(smem.bias[stage], maps.bias, block.first_query, first_row, block.head, block.b1, block.b0,
                          smem.full_k[stage]);
         }
       } else {
         arrive(smem.full_k[stage]);
       }
-      if (walk.next >= 0) key_factors.load(k_rnorm, walk.next, p.num_keys);
+      if (walk.next >= 0) {
+        key_factors.load(k_rnorm, walk.next, p.num_keys);
+        diagonals.load(p, block, walk.next);
+      }
       wait(smem.empty_v[stage], ring.phase ^ 1);
       if (lane == 0) {
         uint64_t& barrier = Traits::kKeyMask ? smem.loaded_v[stage] : smem.full_v[stage];

@@ -28,7 +28,6 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 struct TensorMap {
   CUtensorMap map;
   int row_step, head_step, b1_step, b0_step;  // 1, or 0 where expanded
-  int origin;  // of a bias by its diagonals: where key - query is 0
 };
 
 template <class Element>
@@ -36,7 +35,7 @@ constexpr CUtensorMapDataType kMapType = std::is_same_v<Element, float>    ? CU_
                                          : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
-// Boxes of `box_rows` x `box_cols`; those 128 or 64 bytes wide are swizzled by as many. Expanded rows: only where a map may be one of
+// Boxes of `box_rows` x `box_cols`, 128 or 64 bytes wide and swizzled by as many. Expanded rows: only where a map may be one of
 // a single row (`shared_rows`), which then is at row 0.
 template <class Element>
 cudaError_t make_tensor_map(TensorMap* result, const void* data, const Strides& strides, const int32_t (&sizes)[5],
@@ -53,9 +52,7 @@ cudaError_t make_tensor_map(TensorMap* result, const void* data, const Strides& 
   if (strides.row == 0 && sizes[3] > 1 && !shared_rows) return cudaErrorNotSupported;  // the adapter copies such inputs
   const cuuint32_t box[5] = {static_cast<cuuint32_t>(box_cols), static_cast<cuuint32_t>(box_rows), 1, 1, 1};
   const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  const auto swizzle = box_cols * sizeof(Element) == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                       : box_cols * sizeof(Element) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                          : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const auto swizzle = box_cols * sizeof(Element) == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const CUresult error = encoder(&result->map, kMapType<Element>, 5, const_cast<void*>(data), extents, byte_strides, box,
                                  element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -22,9 +22,9 @@ template <int kHeadDim, bool kForManyKeys, int kBiasBytes = 0>
 constexpr ForwardTile forward_tile() {
   // A consumer holds S (block_n / 2 registers), P (block_n / 4), O (head_dim / 2) and the queries (head_dim / 4).
   if constexpr (kBiasBytes == 1) {
-    if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
-    if constexpr (kHeadDim <= 128) return {2, 96, 2, 240, 24, true, 1};
-    return {2, kHeadDim <= 192 ? 96 : 64, 2, 240, 24, false, 1};
+    if constexpr (kHeadDim <= 64) return {2, 128, 4, 232, 40, true, 2};  // the producer holds some of its entries
+    if constexpr (kHeadDim <= 128) return {2, 96, 2, 232, 40, true, 1};
+    return {2, kHeadDim <= 192 ? 96 : 64, 2, 232, 40, false, 1};
   }
   if constexpr (kBiasBytes != 0) {
     if constexpr (kHeadDim <= 64) return {2, 128, kBiasBytes == 2 ? 3 : 2, 240, 24, true, 2};  // 192 queries: 10 per cent slower
