@@ -14,7 +14,7 @@ from .emulator.build import build
 VARIANT = variant_for("sm90", "forward", "bfloat16", 64, "bounded")
 OMISSIONS = {
     "wait for the scores": "      wgmma_wait<kBehind>();\n",
-    "wait for the values": "  wait(smem.full_v[state.ring.stage], state.ring.phase);\n",
+    "wait for the values": "    if (!v_is_there) wait(smem.full_v[v.stage], v.phase);\n",
     "wait for a free slot": "      wait(smem.empty_k[stage], ring.phase ^ 1);\n",
     "release of a slot": "  if (thread.releases) arrive(smem.empty_v[previous.stage]);\n",
 }
@@ -41,4 +41,4 @@ def test_finds_a_missing(omission, tmp_path, tools_with_binding, serve_on_the_cp
             return "CUDA error" in str(error)
         return not float((out - exact).abs().max()) < 0.1  # NaN is wrong, too
 
-    assert wrong()
+    assert any(wrong() for _ in range(6))  # copies land at other times in each

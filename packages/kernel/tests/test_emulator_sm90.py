@@ -48,6 +48,7 @@ def _kernels_on_the_cpu(emulated, serve_on_the_cpu):
     [
         {},
         {"causal": True, "kv_heads": 1},
+        {"causal": True, "nq": 300, "nk": 300},
         {"groups": 4, "scale": 2.0},
         {"l2norm_qk": False, "causal": True, "nq": 270, "nk": 200},
     ],

@@ -74,6 +74,13 @@ inline void shrink_registers() {}
 template <int kRegisters>
 inline void grow_registers() {}
 
+inline void store_if(bool stores, float* global, float value) {
+  if (stores) *global = value;
+}
+inline void store_if(bool stores, uint4* global, const uint4& value) {
+  if (stores) *global = value;
+}
+
 inline float exp2_approx(float x) { return exp2f(x); }
 
 }  // namespace fcsa::sm90

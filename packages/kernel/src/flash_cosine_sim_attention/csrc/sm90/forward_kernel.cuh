@@ -10,109 +10,12 @@
 // takes the exponentials of that next tile; the other warpgroups fill what is left. Drawn in docs/kernels.md.
 #pragma once
 
-#include "../norm/l2norm_forward.cuh"
 #include "forward_producer.cuh"
+#include "forward_queries.cuh"
 #include "forward_store.cuh"
 #include "wgmma.cuh"
 
 namespace fcsa::sm90 {
-
-// The two rows of a block that this thread holds: `row` and row + 8 of its warp's sixteen.
-struct ConsumerThread {
-  int warpgroup;  // 0 .. kConsumerWarpgroups - 1
-  int row;        // of the block, the first of the two
-  int column;     // first of the two columns in every eight
-  bool releases;  // arrives at barriers for its warp
-
-  __device__ ConsumerThread() {
-    const int thread = threadIdx.x - 128, lane = threadIdx.x % 32;
-    warpgroup = thread / 128;
-    row = thread / 32 * 16 + lane / 4;
-    column = lane % 4 * 2;
-    releases = lane == 0;
-  }
-};
-
-// The queries of this thread as operands of S = q k^T, where they stay in registers for the walk.
-template <class Traits>
-struct QueryFragments {
-  uint32_t words[Traits::kHeadDim / 16][4];
-
-  __device__ __forceinline__ void load(const typename Traits::QueryTile& q, const ConsumerThread& thread) {
-    const int lane = threadIdx.x % 32, row = thread.row - lane / 4 + lane % 16;
-#pragma unroll
-    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
-      load_matrix_x4(words[step], q.chunk(row, step * 16 + lane / 16 * 8));
-    }
-  }
-
-  __device__ __forceinline__ void row_norms(float (&rnorm)[2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float2 x = unpack<typename Traits::Element>(words[step][i * 2 + half]);
-          sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
-        }
-      }
-      rnorm[half] = reciprocal_norm(lane_sum<4>(sum));
-    }
-  }
-};
-
-// 1 / |q_i| of this thread's two rows from the tile in shared memory. A quad shares a row; the permutation of the chunks
-// within a row does not matter to a sum.
-template <class Traits>
-__device__ __forceinline__ void row_norms(float (&rnorm)[2], const typename Traits::QueryTile& q, int row) {
-  using Element = typename Traits::Element;
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int panel = 0; panel < Traits::QueryTile::kPanels; ++panel) {
-      const Element* start = q.data + panel * Traits::QueryTile::kPanelElements + (row + half * 8) * 64;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float x[8];
-        load8(x, start + (lane % 4 * 2 + i + lane / 4 & 7) * 8);
-#pragma unroll
-        for (int c = 0; c < 8; ++c) sum = fmaf(x[c], x[c], sum);
-      }
-    }
-    rnorm[half] = reciprocal_norm(lane_sum<4>(sum));
-  }
-}
-
-// Issues S = q k^T for this warpgroup's 64 rows and the keys of each part, a group of wgmma a part; not waited for.
-template <class Traits>
-__device__ __forceinline__ void issue_scores(float (&s)[Traits::kParts][Traits::kPartN / 2], const QueryFragments<Traits>& fragments,
-                                             const typename Traits::QueryTile& q, const typename Traits::KeyTile& k,
-                                             int warpgroup) {
-  using Element = typename Traits::Element;
-#pragma unroll
-  for (int part = 0; part < Traits::kParts; ++part) {
-    wgmma_fence();
-    const int key = part * Traits::kPartN;
-    if constexpr (Traits::kQueriesInRegisters) {
-      wgmma_rs<Element, false>(s[part], fragments.words[0], k.descriptor(key, 0));
-#pragma unroll
-      for (int step = 1; step < Traits::kHeadDim / 16; ++step) {
-        wgmma_rs<Element, true>(s[part], fragments.words[step], k.descriptor(key, step * 16));
-      }
-    } else {
-      wgmma_ss<Element, false>(s[part], q.descriptor(warpgroup * 64, 0), k.descriptor(key, 0));
-#pragma unroll
-      for (int step = 1; step < Traits::kHeadDim / 16; ++step) {
-        wgmma_ss<Element, true>(s[part], q.descriptor(warpgroup * 64, step * 16), k.descriptor(key, step * 16));
-      }
-    }
-    wgmma_commit();
-  }
-}
 
 // Issues O += P v, and with kSumsByProducts the row sums += P 1; not waited for.
 template <class Traits>
@@ -430,7 +333,7 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
                                             const RingPosition<Traits::kStages>& previous,
                                             ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
   state.wait_for_v(smem, previous);
-  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  issue_scores<Traits>(acc.s, acc.q, smem.q[thread.warpgroup], smem.k[state.ring.stage]);
   issue_output<Traits>(acc.o, acc.probabilities, smem, previous.stage);
   state.look_ahead(smem);
   exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
@@ -452,7 +355,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
                                        ForwardStorage<Traits>& smem, const ConsumerThread& thread,
                                        const RowFactors<Traits>& rows, ConsumerState<Traits>& state) {
   auto tile = KeyTileView<Traits>::first(smem, state, block);
-  issue_scores<Traits>(acc.s, acc.q, smem.q, smem.k[state.ring.stage], thread.warpgroup);
+  issue_scores<Traits>(acc.s, acc.q, smem.q[thread.warpgroup], smem.k[state.ring.stage]);
   state.look_ahead(smem);
   exponentiate_tile<Traits, true, 0>(acc, smem, thread, rows, state, tile);
   pack_probabilities<Traits>(acc.probabilities, acc.s);
@@ -484,7 +387,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
     }
   }
 
-  if (!Traits::kQueriesInRegisters) arrive(smem.empty_q);
+  if (!Traits::kQueriesInRegisters) arrive(smem.empty_q[thread.warpgroup]);
   state.wait_for_v(smem, state.ring);
   issue_output<Traits>(acc.o, acc.probabilities, smem, state.ring.stage);
   wgmma_wait<0>();
@@ -493,7 +396,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
   state.advance();
 }
 
-// One block of queries. empty_q: every thread arrives for itself, once it reads neither smem.q nor smem.item any more.
+// One block of queries. empty_q: every thread arrives for itself, once it reads neither smem.q nor smem.block any more.
 template <class Traits>
 __device__ __forceinline__ void consume_block(const ForwardParams& p, const BlockOfQueries<Traits>& block,
                                               ForwardStorage<Traits>& smem, const ConsumerThread& thread,
@@ -514,11 +417,11 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
   acc.maximum.shift[0] = acc.maximum.shift[1] = -INFINITY;
   if (block.num_tiles > 0) {
     if constexpr (Traits::kQueriesInRegisters) {
-      acc.q.load(smem.q, thread);
-      arrive(smem.empty_q);
+      acc.q.load(smem.q[thread.warpgroup], thread);
+      arrive(smem.empty_q[thread.warpgroup]);
       if (folded) acc.q.row_norms(rnorm);
     } else {
-      if (folded) row_norms<Traits>(rnorm, smem.q, thread.row);
+      if (folded) row_norms<Traits>(rnorm, smem.q[thread.warpgroup], thread.row % 64);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -528,7 +431,7 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
     }
     attend<Traits>(acc, block, smem, thread, rows, state);
   } else {
-    arrive(smem.empty_q);
+    arrive(smem.empty_q[thread.warpgroup]);
   }
   constexpr bool kFollows = Traits::kFollows;
   const float shift[2] = {kFollows ? acc.maximum.shift[0] : rows.shift, kFollows ? acc.maximum.shift[1] : rows.shift};
@@ -536,15 +439,14 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
 }
 
 template <class Traits>
-__device__ __forceinline__ void consume(const ForwardParams& p, const Schedule& schedule, ForwardStorage<Traits>& smem) {
+__device__ __forceinline__ void consume(const ForwardParams& p, ForwardStorage<Traits>& smem) {
   const ConsumerThread thread;
   ConsumerState<Traits> state;
   for (;;) {
-    wait(smem.full_q, state.q_phase);
+    wait(smem.full_q[thread.warpgroup], state.q_phase);
+    const BlockOfQueries<Traits> block = smem.block[state.q_phase];
     state.q_phase ^= 1;
-    const uint32_t item = smem.item;
-    if (item >= schedule.num_items) return;
-    const auto block = BlockOfQueries<Traits>::from(p, schedule, item);
+    if (block.num_tiles < 0) return;
     consume_block<Traits>(p, block, smem, thread, state);
   }
 }
@@ -564,10 +466,12 @@ template <class Traits>
 __device__ __forceinline__ void initialize_barriers(ForwardStorage<Traits>& smem) {
   if (threadIdx.x == 0) {
     constexpr int kMaskWarp = Traits::kKeyMask ? 32 : 0;  // the lanes of clean()
-    initialize(smem.full_q, 1);
-    initialize(smem.empty_q, Traits::kConsumerWarps * 32);
+    for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+      initialize(smem.full_q[warpgroup], 1);
+      initialize(smem.empty_q[warpgroup], 128);
+    }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      initialize(smem.full_k[stage], 32);
+      initialize(smem.full_k[stage], 33);  // the producer's lanes for their factors, and lane 0 for the copy
       initialize(smem.full_v[stage], Traits::kKeyMask ? kMaskWarp : 1);
       if (Traits::kKeyMask) initialize(smem.loaded_v[stage], 1);
       initialize(smem.empty_k[stage], Traits::kConsumerWarps + kMaskWarp);
@@ -594,7 +498,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
   } else {
     grow_registers<Traits::kConsumerRegisters>();
-    consume<Traits>(p, schedule, smem);
+    consume<Traits>(p, smem);
   }
 }
 

@@ -52,14 +52,21 @@ struct TileDiagonals {
   }
 };
 
-// The item after `item` for this thread block: whichever is the next that no block has taken, or, without a counter, in
-// turn. All lanes get it.
-__device__ __forceinline__ uint32_t next_item(const ForwardParams& p, uint32_t item) {
-  if (p.next_item == nullptr) return item + gridDim.x;
+// Takes the next item that no thread block has taken, or, without a counter, the next in turn. Two steps, so that the
+// counter's latency passes meanwhile.
+struct ItemRequest {
   uint32_t taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(p.next_item, 1u);
-  return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
-}
+
+  __device__ __forceinline__ void send(const ForwardParams& p) {
+    if (p.next_item != nullptr && threadIdx.x % 32 == 0) taken = atomicAdd(p.next_item, 1u);
+  }
+
+  // The item after `item`; all lanes get it.
+  __device__ __forceinline__ uint32_t answer(const ForwardParams& p, uint32_t item) const {
+    if (p.next_item == nullptr) return item + gridDim.x;
+    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
+  }
+};
 
 // The tiles of one block of queries, from the last to the first; with a key mask, those that have a visible key, or one if
 // none has: its rows then come out as rows that see nothing.
@@ -107,7 +114,9 @@ struct TileWalk {
 };
 
 // One warp. Its lanes hand out the norm factors of the keys, loaded a tile ahead; lane 0 issues the copies. Every lane
-// arrives at full_k, for its own factors.
+// arrives at full_k, for its own factors, lane 0 once more for the copy, which does not wait for them.
+//
+// smem.block[] is written again when every warpgroup has taken the queries of the block between.
 //
 // A slot of k_factor is free when the product with V of the tile that used it is done. K of tile t is loaded after the
 // wait for V's slot of tile t - 1, that is, after tile t - 1 - kStages is done: kFactorStages > kStages slots suffice.
@@ -118,9 +127,9 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
   RingPosition<Traits::kStages> ring;
   RingPosition<Traits::kFactorStages> factors;
   uint32_t q_phase = 0;
-  uint32_t index = blockIdx.x;
+  ItemRequest request;
   wait_for_prologue();
-  for (; index < schedule.num_items; index = next_item(p, index)) {
+  for (uint32_t index = blockIdx.x; index < schedule.num_items; index = request.answer(p, index)) {
     const auto block = BlockOfQueries<Traits>::from(p, schedule, index);
     const int kv_head = block.head / (p.heads / p.kv_heads);
     const int64_t first_key = ((static_cast<int64_t>(block.b0) * p.b1 + block.b1) * p.kv_heads + kv_head) * p.num_keys;
@@ -133,18 +142,22 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       diagonals.load(p, block, walk.next);
     }
 
-    wait(smem.empty_q, q_phase ^ 1);
-    q_phase ^= 1;
-    if (lane == 0) {
-      smem.item = index;
-      arrive_and_expect(smem.full_q, Traits::QueryTile::kBytes);
-      load_tile(smem.q, maps.q, block.first_query, block.head, block.b1, block.b0, smem.full_q);
+#pragma unroll
+    for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+      wait(smem.empty_q[warpgroup], q_phase ^ 1);
+      if (lane == 0) {
+        if (warpgroup == 0) smem.block[q_phase] = block;
+        arrive_and_expect(smem.full_q[warpgroup], Traits::QueryTile::kBytes);
+        load_tile(smem.q[warpgroup], maps.q, block.first_query + warpgroup * 64, block.head, block.b1, block.b0,
+                  smem.full_q[warpgroup]);
+      }
     }
+    q_phase ^= 1;
+    if (walk.next < 0) request.send(p);
     while (walk.advance()) {
       const int stage = ring.stage, first_row = walk.tile * Traits::kBlockN;
+      if (walk.next < 0) request.send(p);
       wait(smem.empty_k[stage], ring.phase ^ 1);
-      key_factors.store(smem.k_factor[factors.stage]);
-      diagonals.store(smem, stage);
       if (lane == 0) {
         if constexpr (Traits::kKeyMask) smem.records[factors.stage] = {walk.visible, walk.tile, walk.next < 0, false};
         arrive_and_expect(smem.full_k[stage], Traits::kStageBytes);
@@ -153,9 +166,10 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
           load_bias_tile(smem.bias[stage], maps.bias, block.first_query, first_row, block.head, block.b1, block.b0,
                          smem.full_k[stage]);
         }
-      } else {
-        arrive(smem.full_k[stage]);
       }
+      key_factors.store(smem.k_factor[factors.stage]);
+      diagonals.store(smem, stage);
+      arrive(smem.full_k[stage]);
       if (walk.next >= 0) {
         key_factors.load(k_rnorm, walk.next, p.num_keys);
         diagonals.load(p, block, walk.next);
@@ -170,14 +184,19 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       factors.advance();
     }
   }
-  wait(smem.empty_q, q_phase ^ 1);
-  if (lane == 0) {
-    smem.item = index;
-    arrive(smem.full_q);
+  for (int warpgroup = 0; warpgroup < Traits::kConsumerWarpgroups; ++warpgroup) {
+    wait(smem.empty_q[warpgroup], q_phase ^ 1);
+    if (lane == 0) {
+      if (warpgroup == 0) smem.block[q_phase].num_tiles = -1;
+      arrive(smem.full_q[warpgroup]);
+    }
   }
   if constexpr (Traits::kKeyMask) {
     wait(smem.empty_k[ring.stage], ring.phase ^ 1);
-    if (lane == 0) smem.records[factors.stage].end = true;
+    if (lane == 0) {
+      smem.records[factors.stage].end = true;
+      arrive(smem.full_k[ring.stage]);
+    }
     arrive(smem.full_k[ring.stage]);
   }
 }

@@ -28,10 +28,8 @@ __device__ __forceinline__ void store_row(typename Traits::Element* row, uint32_
     trade<2>(words[first], words[first + 2]);
     trade<2>(words[first + 1], words[first + 3]);
     const int column = first * 8 + threadIdx.x % 4 * 8;
-    if (valid && column < head_dim) {
-      *reinterpret_cast<uint4*>(row + column) =
-          make_uint4(words[first], words[first + 1], words[first + 2], words[first + 3]);
-    }
+    const uint4 eight = {words[first], words[first + 1], words[first + 2], words[first + 3]};
+    store_if(valid && column < head_dim, reinterpret_cast<uint4*>(row + column), eight);
   }
 }
 
@@ -54,10 +52,9 @@ __device__ __forceinline__ void store_results(const ForwardParams& p, const Bloc
     const float reciprocal = total == 0.0f ? 0.0f : 1.0f / total;
     const int query = block.first_query + row + half * 8;
     const bool valid = query < p.num_queries;
-    if (valid && threadIdx.x % 4 == 0) {
-      p.lse[first_row + row + half * 8] = total == 0.0f ? -INFINITY : shift[half] * kLn2 + logf(total);
-      if (write_rnorm) p.q_rnorm[first_row + row + half * 8] = rnorm[half];
-    }
+    const bool writes = valid && threadIdx.x % 4 == 0;
+    store_if(writes, p.lse + first_row + row + half * 8, total == 0.0f ? -INFINITY : shift[half] * kLn2 + logf(total));
+    store_if(writes && write_rnorm, p.q_rnorm + first_row + row + half * 8, rnorm[half]);
     uint32_t words[Traits::kHeadDim / 8];
 #pragma unroll
     for (int i = 0; i < Traits::kHeadDim / 8; ++i) {

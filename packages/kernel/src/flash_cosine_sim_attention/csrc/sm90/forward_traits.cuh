@@ -37,12 +37,13 @@ struct ForwardTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Softmax kSoftmax = kSoftmax_;
   static constexpr ForwardTile kTile = forward_tile<kHeadDim, kForManyKeys_, kBiasBytes>();
-  static constexpr int kConsumerWarps = kTile.consumer_warpgroups * 4;
-  static constexpr int kBlockM = kTile.consumer_warpgroups * 64;
+  static constexpr int kConsumerWarpgroups = kTile.consumer_warpgroups;
+  static constexpr int kConsumerWarps = kConsumerWarpgroups * 4;
+  static constexpr int kBlockM = kConsumerWarpgroups * 64;
   static constexpr int kBlockN = kTile.block_n;
   static constexpr int kStages = kTile.stages;
   // Factors of a tile of keys are read until its product with V: they live longer than K (forward_producer.cuh).
-  static constexpr int kFactorStages = 2 * kStages;
+  static constexpr int kFactorStages = kStages + 1;
   // With a key mask there is no room for them beyond head dim 64.
   static constexpr bool kQueriesInRegisters = kTile.q_in_registers && !(kKeyMask && kHeadDim > 64);
   static constexpr int kParts = kSoftmax == Softmax::kBounded ? kTile.parts : 1;
@@ -64,7 +65,7 @@ struct ForwardTraits {
   static_assert(kConsumerRegisters * kTile.consumer_warpgroups + kProducerRegisters <=
                 kLaunchRegisters * (kTile.consumer_warpgroups + 1));
 
-  using QueryTile = PanelTile<Element, kBlockM, kHeadDim>;
+  using QueryTile = PanelTile<Element, 64, kHeadDim>;  // of a warpgroup
   using KeyTile = PanelTile<Element, kBlockN, kHeadDim>;
   using BiasTile = typename BiasTileOf<BiasValue, kBlockM, kBlockN>::Tile;
   static constexpr int kStageBytes = KeyTile::kBytes + (kBias ? BiasTile::kBytes : 0);  // that full_k stands for
@@ -77,22 +78,6 @@ struct KeyTileRecord {
   int tile;
   bool last;  // of its block of queries
   bool end;   // of everything: there is no tile
-};
-
-template <class Traits>
-struct ForwardStorage {
-  typename Traits::QueryTile q;
-  typename Traits::KeyTile k[Traits::kStages];
-  typename Traits::KeyTile v[Traits::kStages];
-  std::conditional_t<Traits::kBias, typename Traits::BiasTile, char> bias[Traits::kBias ? Traits::kStages : 1];  // beside k
-  alignas(1024) typename Traits::Element ones[Traits::kSumsByProducts ? 16 * 64 : 1];
-  uint32_t item;  // whose queries are in q; num_items or more: there are no more
-  alignas(16) float k_factor[Traits::kFactorStages][Traits::kBlockN];
-  KeyTileRecord<Traits> records[Traits::kKeyMask ? Traits::kFactorStages : 1];  // slots as those of k_factor
-  uint64_t full_q, empty_q;
-  uint64_t full_k[Traits::kStages], empty_k[Traits::kStages];
-  uint64_t full_v[Traits::kStages], empty_v[Traits::kStages];
-  uint64_t loaded_v[Traits::kKeyMask ? Traits::kStages : 1];  // V is there, but not yet cleaned of the rows of masked keys
 };
 
 struct ForwardMaps {
@@ -125,7 +110,8 @@ struct Schedule {
 // so that the tiles that need a mask come first.
 template <class Traits>
 struct BlockOfQueries {
-  int first_query, head, b1, b0, num_tiles;
+  int first_query, head, b1, b0;
+  int num_tiles;    // negative: there is no block
   int first_limit;  // keys up to this one are visible to every query of the block
 
   __device__ static BlockOfQueries from(const Problem& p, const Schedule& schedule, uint32_t index) {
@@ -146,6 +132,24 @@ struct BlockOfQueries {
   __device__ int64_t first_row(const Problem& p) const {  // among the rows of a contiguous (b0, b1, h, i) tensor
     return ((static_cast<int64_t>(b0) * p.b1 + b1) * p.heads + head) * p.num_queries + first_query;
   }
+};
+
+template <class Traits>
+struct ForwardStorage {
+  typename Traits::QueryTile q[Traits::kConsumerWarpgroups];
+  typename Traits::KeyTile k[Traits::kStages];
+  typename Traits::KeyTile v[Traits::kStages];
+  std::conditional_t<Traits::kBias, typename Traits::BiasTile, char> bias[Traits::kBias ? Traits::kStages : 1];  // beside k
+  alignas(Traits::kSumsByProducts ? 1024 : 16) typename Traits::Element ones[Traits::kSumsByProducts ? 16 * 64 : 1];
+  // Whose queries are in q; two in turns, since a warpgroup may be a block ahead of another. Not one for each warpgroup: what
+  // comes from one address the compiler knows to be equal for all threads.
+  BlockOfQueries<Traits> block[2];
+  alignas(16) float k_factor[Traits::kFactorStages][Traits::kBlockN];
+  KeyTileRecord<Traits> records[Traits::kKeyMask ? Traits::kFactorStages : 1];  // slots as those of k_factor
+  uint64_t full_q[Traits::kConsumerWarpgroups], empty_q[Traits::kConsumerWarpgroups];
+  uint64_t full_k[Traits::kStages], empty_k[Traits::kStages];
+  uint64_t full_v[Traits::kStages], empty_v[Traits::kStages];
+  uint64_t loaded_v[Traits::kKeyMask ? Traits::kStages : 1];  // V is there, but not yet cleaned of the rows of masked keys
 };
 
 }  // namespace fcsa::sm90

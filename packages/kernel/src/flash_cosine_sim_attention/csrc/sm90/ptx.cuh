@@ -154,6 +154,23 @@ __device__ __forceinline__ void store_matrix_x4_trans(void* smem, const uint32_t
                : "memory");
 }
 
+// ---- stores without a branch ----
+
+// In a loop whose threads part at a branch the compiler keeps nothing in uniform registers, not even from before the branch.
+
+__device__ __forceinline__ void store_if(bool stores, float* global, float value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(static_cast<int>(stores)),
+               "l"(__cvta_generic_to_global(global)), "f"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_if(bool stores, uint4* global, const uint4& value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<int>(stores)),
+               "l"(__cvta_generic_to_global(global)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // ---- registers and arithmetic ----
 
 template <int kRegisters>  // gives registers back to the pool; all warps of the warpgroup
