@@ -79,15 +79,10 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_backward_d128_toeplitz": 256,
     "sm80_backward_d192_toeplitz": 64,
     "sm80_backward_d256_toeplitz": 192,
-    # Loop state where the tile is 192 or 256 wide: O alone holds 96 or 128 registers of a consumer's 240, of 224 with a
-    # key mask. In multiples of 64, worst of all kernels and dtypes; head dims 64 to 128 spill nothing.
-    "sm90_forward_d192_bounded": 64,
-    "sm90_forward_d192_running_max": 128,
-    "sm90_forward_d256_bounded": 256,
-    "sm90_forward_d256_running_max": 256,
-    "sm90_forward_d128_bias": 64,
-    "sm90_forward_d192_bias": 128,
-    "sm90_forward_d256_bias": 512,
+    # Where the tile is 256 wide and there is a key mask: O alone holds 128 registers of a consumer's 224. Once a block of
+    # queries; with a bias a few loads a tile.
+    "sm90_forward_d256_running_max": 64,
+    "sm90_forward_d256_bias": 192,
     # Once a block of keys: sizes of the call that its loop keeps (docs/decisions.md). In the loop
     # over queries a handful of loads. The largest figure is of the kernel in order (d 64), and without dQ (d 128).
     "sm90_backward_d64_plain": 448,

@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-alignas(1024) char async_memory[kSharedBytes];
+alignas(1024) char async_memory[kMaxCluster][kSharedBytes];
 
 namespace {
 
@@ -33,14 +33,15 @@ struct Load {
 
 struct Reduction {
   float* global;
-  uint32_t offset, bytes;
+  const char* source;
+  uint32_t bytes;
   std::vector<float> values;
   bool read, added;
 
   void read_now() {
     if (read) return;
     values.resize(bytes / 4);
-    std::memcpy(values.data(), async_memory + offset, bytes);
+    std::memcpy(values.data(), source, bytes);
     read = true;
   }
   void add_now() {
@@ -78,7 +79,7 @@ struct HopperThread {
 };
 
 std::unordered_map<uint64_t*, Barrier> barriers;
-NamedBarrier named_barriers[16];
+NamedBarrier named_barriers[kMaxCluster][16];
 std::vector<Load> loads;
 double landing_chance;
 std::vector<HopperThread> hopper_threads;
@@ -86,9 +87,9 @@ std::vector<WarpProducts> warp_products;
 
 HopperThread& mine() { return hopper_threads[current]; }
 
-void write_both(uint32_t offset, const void* data, size_t bytes) {
-  std::memcpy(shared_memory + offset, data, bytes);
-  std::memcpy(async_memory + offset, data, bytes);
+void write_both(unsigned rank, uint32_t offset, const void* data, size_t bytes) {
+  std::memcpy(shared_memory[rank] + offset, data, bytes);
+  std::memcpy(async_memory[rank] + offset, data, bytes);
 }
 
 // ---- barriers ----
@@ -108,28 +109,32 @@ void complete_if_due(Barrier& b) {
 std::string describe_mbarrier(uint64_t argument) {
   const auto barrier = reinterpret_cast<uint64_t*>(argument & ~uint64_t{1});
   const Barrier& b = barriers.find(barrier)->second;
-  return "the mbarrier at byte " + std::to_string(reinterpret_cast<char*>(barrier) - shared_memory) +
-         " of shared memory, parity " + std::to_string(argument & 1) + ": " + std::to_string(b.pending) + " of " +
+  const size_t byte = reinterpret_cast<char*>(barrier) - shared_memory[0];
+  return "the mbarrier at byte " + std::to_string(byte % kSharedBytes) + " of the shared memory of block " +
+         std::to_string(byte / kSharedBytes) + " of the cluster, parity " + std::to_string(argument & 1) + ": " + std::to_string(b.pending) + " of " +
          std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " bytes are missing";
 }
 
-std::string describe_named(uint64_t id) {
-  const NamedBarrier& b = named_barriers[id];
+std::string describe_named(uint64_t argument) {
+  const uint64_t id = argument % 16;
+  const NamedBarrier& b = named_barriers[argument / 16][id];
   return "named barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " of " + std::to_string(b.threads);
 }
 
 // ---- copies ----
 
-void poison(uint32_t offset, size_t bytes) {  // it may be written at any time from now on
+void poison(unsigned rank, uint32_t offset, size_t bytes) {  // it may be written at any time from now on
   const std::vector<char> nan(bytes, static_cast<char>(0xff));
-  write_both(offset, nan.data(), bytes);
+  write_both(rank, offset, nan.data(), bytes);
 }
 
-void start_load(void* smem, uint32_t bytes, uint64_t* barrier, std::function<void()> perform) {
+// To `offset` of the shared memory of block `rank`; `barrier`: of this block, whose counterpart there counts the bytes.
+void start_load(unsigned rank, uint32_t offset, uint32_t bytes, uint64_t* barrier, std::function<void()> perform) {
+  const uint32_t barrier_offset = shared_address(barrier);
+  barrier = reinterpret_cast<uint64_t*>(shared_memory[rank] + barrier_offset);
   find(barrier);
-  const uint32_t offset = shared_address(smem);
   if (offset % 16 != 0 || bytes % 16 != 0 || offset + bytes > shared_bytes) fail("a bulk copy: bad shared address");
-  poison(offset, bytes);
+  poison(rank, offset, bytes);
   loads.push_back({barrier, bytes, std::move(perform)});
 }
 
@@ -199,7 +204,7 @@ void check_descriptor(uint64_t descriptor, bool transposed, int rows) {
 
 double read_operand(const Product& product, uint64_t descriptor, bool transposed, int row, int k) {
   uint16_t word;
-  std::memcpy(&word, async_memory + operand_address(descriptor, transposed, row, k), 2);
+  std::memcpy(&word, async_memory[rank()] + operand_address(descriptor, transposed, row, k), 2);
   return product.half ? element<true>(word) : element<false>(word);
 }
 
@@ -266,7 +271,7 @@ void publish(uint64_t end) {
 
 }  // namespace
 
-void fence_async() { std::memcpy(async_memory, shared_memory, shared_bytes); }
+void fence_async() { std::memcpy(async_memory[rank()], own_memory(), shared_bytes); }
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   shared_address(barrier);
@@ -281,6 +286,11 @@ void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes) {
   complete_if_due(b);
 }
 
+void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
+  const uint32_t offset = shared_address(barrier);
+  barrier_arrive(reinterpret_cast<uint64_t*>(shared_memory[rank] + offset), 0);
+}
+
 bool barrier_passed(uint64_t* barrier, uint32_t parity) { return find(barrier).phase != (parity & 1); }
 
 void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -291,7 +301,7 @@ void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 void named_barrier(int id, int count, bool waits) {
   if (id < 1 || id > 15 || count % kWarp != 0 || count <= 0) fail("a named barrier: bad number or count");
-  NamedBarrier& b = named_barriers[id];
+  NamedBarrier& b = named_barriers[rank()][id];
   if (b.arrived > 0 && b.threads != count) fail("named barrier " + std::to_string(id) + ": two counts");
   b.threads = count;
   const uint64_t turn = b.turn;
@@ -299,16 +309,16 @@ void named_barrier(int id, int count, bool waits) {
     b.arrived = 0;
     ++b.turn;
   }
-  if (waits) wait_until([&b, turn] { return b.turn != turn; }, describe_named, id);
+  if (waits) wait_until([&b, turn] { return b.turn != turn; }, describe_named, rank() * 16 + id);
 }
 
-void load_box(void* smem, const CUtensorMap& tensor_map, const int32_t (&coordinates)[5], uint64_t* barrier) {
+void load_box(unsigned rank, void* smem, const CUtensorMap& tensor_map, const int32_t (&coordinates)[5], uint64_t* barrier) {
   Map map;
   std::memcpy(&map, &tensor_map, sizeof(map));
   const uint32_t offset = shared_address(smem), bytes = map.value_bytes, row_bytes = map.box[0] * bytes;
   if (offset % 128 != 0) fail("a tensor copy to an address that is no multiple of 128");
   const std::array<int64_t, 5> at{coordinates[0], coordinates[1], coordinates[2], coordinates[3], coordinates[4]};
-  start_load(smem, map.box[1] * row_bytes, barrier, [=] {
+  start_load(rank, offset, map.box[1] * row_bytes, barrier, [=] {
     for (uint32_t row = 0; row < map.box[1]; ++row) {
       for (uint32_t column = 0; column < map.box[0]; ++column) {
         const std::array<int64_t, 5> index{at[0] + column, at[1] + row, at[2], at[3], at[4]};
@@ -321,7 +331,7 @@ void load_box(void* smem, const CUtensorMap& tensor_map, const int32_t (&coordin
         uint32_t value = 0;
         if (inside) std::memcpy(&value, source, bytes);
         const uint32_t address = offset + row * row_bytes + column * bytes;
-        write_both(address ^ (address >> 7 & (map.chunks - 1)) << 4, &value, bytes);
+        write_both(rank, address ^ (address >> 7 & (map.chunks - 1)) << 4, &value, bytes);
       }
     }
   });
@@ -330,7 +340,8 @@ void load_box(void* smem, const CUtensorMap& tensor_map, const int32_t (&coordin
 void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a bulk copy: bad global address");
   const uint32_t offset = shared_address(smem);
-  start_load(smem, bytes, barrier, [=] { write_both(offset, global, bytes); });
+  const unsigned own = rank();
+  start_load(own, offset, bytes, barrier, [=] { write_both(own, offset, global, bytes); });
 }
 
 void bulk_reduce_add(float* global, const float* smem, uint32_t bytes) {
@@ -338,7 +349,7 @@ void bulk_reduce_add(float* global, const float* smem, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || offset % 16 != 0 || bytes % 16 != 0) {
     fail("a bulk reduction: bad address or size");
   }
-  mine().open.push_back({global, offset, bytes, {}, false, false});
+  mine().open.push_back({global, async_memory[rank()] + offset, bytes, {}, false, false});
 }
 
 void bulk_commit() {
@@ -405,10 +416,10 @@ void wgmma_wait(int pending) {
 }
 
 void start_hopper(unsigned num_threads) {
-  std::memset(async_memory, 0xff, shared_bytes);
+  for (auto& memory : async_memory) std::memset(memory, 0xff, shared_bytes);
   barriers.clear();
   loads.clear();
-  std::fill(named_barriers, named_barriers + 16, NamedBarrier{});
+  for (auto& of_block : named_barriers) std::fill(of_block, of_block + 16, NamedBarrier{});
   hopper_threads.assign(num_threads, HopperThread{});
   warp_products.assign((num_threads + kWarp - 1) / kWarp, WarpProducts{});
   landing_chance = std::array{1.0, 0.3, 0.0}[random_source() % 3];
