@@ -79,8 +79,8 @@ ALLOWED_SPILLS: dict[str, int] = {
     "sm80_backward_d128_toeplitz": 256,
     "sm80_backward_d192_toeplitz": 64,
     "sm80_backward_d256_toeplitz": 192,
-    # Where the tile is 256 wide and there is a key mask: O alone holds 128 registers of a consumer's 224. Once a block of
-    # queries; with a bias a few loads a tile.
+    # Where the tile is 256 wide and there is a key mask: O alone holds 128 registers of a consumer's 224. Once a
+    # block of queries; with a bias a few loads a tile.
     "sm90_forward_d256_running_max": 64,
     "sm90_forward_d256_bias": 192,
     # Once a block of keys: sizes of the call that its loop keeps (docs/decisions.md). In the loop

@@ -27,7 +27,7 @@ LAUNCH = re.compile(r"([\w:]+(?:<[^<>;]*>)?)\s*<<<([^,]+),\s*([^,]+),\s*([^,]+),
 def for_the_host(source: str) -> str:
     """CUDA C++ -> C++ for emulator.h. Shared arrays of a kernel become static: one block runs at a time."""
     source = re.sub(
-        r"extern __shared__ .*?(\w+)\[\];", r"char (&\1)[emulator::kSharedBytes] = emulator::own_memory();", source
+        r"extern __shared__ .*?(\w+)\[\];", r"char (&\1)[emulator::kSharedBytes] = emulator::shared_memory;", source
     )
     source = source.replace("__shared__", "static").replace("cudaFuncSetAttribute(", "emulated_attribute(")
     source = source.replace("#include <cuda_runtime.h>", "#include <cuda_runtime_api.h>")

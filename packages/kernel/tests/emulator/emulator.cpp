@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-alignas(1024) char shared_memory[kMaxCluster][kSharedBytes];
+alignas(1024) char shared_memory[kSharedBytes];
 size_t shared_bytes;
 int current = -1;
 uint3 block;
@@ -31,8 +31,8 @@ struct Warp {
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 ucontext_t scheduler;
-uint64_t arrived_at_barriers[kMaxCluster], arrived_at_cluster_barriers;
-unsigned num_threads;  // of a cluster
+uint64_t arrived_at_barriers;
+unsigned num_threads;
 const std::function<void()>* body;
 bool failed;
 cudaError_t last_error = cudaSuccess;
@@ -53,13 +53,12 @@ void run_fiber() {
 void start_fibers() {
   warps.assign((num_threads + kWarp - 1) / kWarp, Warp{});
   for (Warp& warp : warps) warp.slow = chance(0.25);
-  std::fill(arrived_at_barriers, arrived_at_barriers + kMaxCluster, 0);
-  arrived_at_cluster_barriers = 0;
+  arrived_at_barriers = 0;
   for (unsigned t = 0; t < num_threads; ++t) {
     Fiber& f = fibers[t];
     f.done = false;
     f.ready = nullptr;
-    f.warp_operations = f.block_operations = f.cluster_operations = 0;
+    f.warp_operations = f.block_operations = 0;
     f.groups.clear();
     f.open.clear();
     getcontext(&f.context);
@@ -140,7 +139,6 @@ class AccessGuard {
 };
 
 std::string barrier_of_the_block(uint64_t) { return "__syncthreads"; }
-std::string barrier_of_the_cluster(uint64_t) { return "the barrier of the cluster"; }
 std::string other_lanes(uint64_t) { return "the other lanes of the warp"; }
 
 }  // namespace
@@ -164,15 +162,8 @@ void wait_until(const std::function<bool()>& ready, std::string (*describe)(uint
 
 void synchronize_block() {
   const uint64_t turn = ++fiber().block_operations;
-  uint64_t& arrived = arrived_at_barriers[rank()];
-  ++arrived;
-  wait_until([turn, &arrived] { return arrived >= turn * threads.x; }, barrier_of_the_block);
-}
-
-void synchronize_cluster() {
-  const uint64_t turn = ++fiber().cluster_operations;
-  ++arrived_at_cluster_barriers;
-  wait_until([turn] { return arrived_at_cluster_barriers >= turn * num_threads; }, barrier_of_the_cluster);
+  ++arrived_at_barriers;
+  wait_until([turn] { return arrived_at_barriers >= turn * num_threads; }, barrier_of_the_block);
 }
 
 Words* exchange(const uint32_t* mine, int count) {
@@ -193,7 +184,7 @@ void load_matrices(uint32_t (&words)[4], uint32_t address, bool transposed) {
     uint16_t values[2];
     for (int half = 0; half < 2; ++half) {
       const int r = transposed ? pair * 2 + half : row, c = transposed ? row : pair * 2 + half;
-      std::memcpy(&values[half], own_memory() + addresses[8 * i + r][0] + 2 * c, 2);
+      std::memcpy(&values[half], shared_memory + addresses[8 * i + r][0] + 2 * c, 2);
     }
     words[i] = values[0] | static_cast<uint32_t>(values[1]) << 16;
   }
@@ -207,18 +198,18 @@ void store_matrices(uint32_t address, const uint32_t (&words)[4], bool transpose
     for (int half = 0; half < 2; ++half) {
       const int r = transposed ? pair * 2 + half : row, c = transposed ? row : pair * 2 + half;
       const uint16_t value = words[i] >> half * 16;
-      std::memcpy(own_memory() + addresses[8 * i + r][0] + 2 * c, &value, 2);
+      std::memcpy(shared_memory + addresses[8 * i + r][0] + 2 * c, &value, 2);
     }
   }
 }
 
-void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<void()>& kernel, unsigned cluster) {
+void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<void()>& kernel) {
   if (last_error != cudaSuccess) return;
-  if (bytes > kSharedBytes || cluster > kMaxCluster || blocks.x % cluster != 0) std::abort();
+  if (bytes > kSharedBytes) std::abort();
   body = &kernel;
   shared_bytes = bytes;
   threads = block_threads;
-  num_threads = threads.x * cluster;
+  num_threads = threads.x;
   grid = blocks;
   if (fibers.size() < num_threads) fibers.resize(num_threads);
   for (Fiber& f : fibers) {
@@ -226,10 +217,10 @@ void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<v
   }
   failed = false;
   const AccessGuard guard;
-  for (unsigned b = 0; b < grid.x * grid.y * grid.z && !failed; b += cluster) {
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z && !failed; ++b) {
     block = uint3{b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     copies_are_late = chance(0.5);
-    for (auto& memory : shared_memory) std::memset(memory, 0xff, bytes);  // NaN
+    std::memset(shared_memory, 0xff, bytes);  // NaN
     start_fibers();
     start_hopper(num_threads);
     run_block();

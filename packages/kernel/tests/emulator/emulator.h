@@ -41,7 +41,6 @@ using std::min;
 namespace emulator {
 
 constexpr size_t kSharedBytes = 232 * 1024;
-constexpr int kMaxCluster = 2;  // thread blocks that run at a time
 constexpr int kWarp = 32;
 constexpr int kMaxWords = 16;  // a lane contributes at most these many to one exchange
 
@@ -59,17 +58,17 @@ struct Fiber {
   std::function<bool()> ready;  // what it waits for; empty: nothing
   std::string (*waits_for)(uint64_t);
   uint64_t waits_for_argument;
-  uint64_t warp_operations, block_operations, cluster_operations;  // exchanges and barriers that it has reached
+  uint64_t warp_operations, block_operations;  // exchanges and barriers that it has reached
   std::vector<std::vector<Copy>> groups;       // committed copies, oldest first
   std::vector<Copy> open;                      // not committed yet
 };
 
 using Words = uint32_t[kMaxWords];
 
-alignas(1024) extern char shared_memory[kMaxCluster][kSharedBytes];
+alignas(1024) extern char shared_memory[kSharedBytes];
 extern size_t shared_bytes;  // of this launch
 extern int current;          // the fiber that runs
-extern uint3 block;  // the first of its cluster
+extern uint3 block;
 extern dim3 grid, threads;
 extern bool copies_are_late;  // until their wait; otherwise they take effect at once
 extern std::mt19937 random_source;
@@ -79,24 +78,20 @@ Fiber& fiber();
 // Lets others run until ready(). describe(argument): what is waited for, if that is for ever.
 void wait_until(const std::function<bool()>& ready, std::string (*describe)(uint64_t), uint64_t argument = 0);
 void synchronize_block();
-void synchronize_cluster();
 // Every lane of the warp gives `count` words; returns those of all 32.
 Words* exchange(const uint32_t* mine, int count);
 // Four 8 x 8 matrices: row r of matrix i lies at the address that lane 8 i + r gives.
 void load_matrices(uint32_t (&words)[4], uint32_t address, bool transposed);
 void store_matrices(uint32_t address, const uint32_t (&words)[4], bool transposed);
-void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<void()>& kernel, unsigned cluster = 1);
+void launch(dim3 blocks, dim3 block_threads, size_t bytes, const std::function<void()>& kernel);
 cudaError_t take_error();
 
-inline unsigned rank() { return current / threads.x; }  // of this block in its cluster
-inline uint3 thread_index() { return uint3{current % threads.x, 0, 0}; }
-inline uint3 block_index() { return uint3{block.x + rank(), block.y, block.z}; }
-inline char (&own_memory())[kSharedBytes] { return shared_memory[rank()]; }
+inline uint3 thread_index() { return uint3{static_cast<unsigned>(current), 0, 0}; }
 inline int lane() { return current % kWarp; }
 inline bool chance(double probability) { return random_source() < probability * 4294967296.0; }
 
 inline uint32_t shared_address(const void* pointer) {
-  const auto offset = static_cast<const char*>(pointer) - own_memory();
+  const auto offset = static_cast<const char*>(pointer) - shared_memory;
   if (offset < 0 || offset >= static_cast<int64_t>(shared_bytes)) fail("a shared address beyond what was launched");
   return static_cast<uint32_t>(offset);
 }
@@ -129,9 +124,9 @@ inline T shuffle(T x, int source) {
 }  // namespace emulator
 
 #define threadIdx (emulator::thread_index())
-#define blockIdx (emulator::block_index())
 #define __syncthreads() emulator::synchronize_block()
 
+inline const uint3& blockIdx = emulator::block;
 inline const dim3 &gridDim = emulator::grid, &blockDim = emulator::threads;
 
 inline void __syncwarp(unsigned = 0) { emulator::exchange(nullptr, 0); }
@@ -204,10 +199,6 @@ cudaError_t emulated_attribute(Function, cudaFuncAttribute, int) {
 
 template <class... Expected, class... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... arguments) {
-  unsigned cluster = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
-  }
-  emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); }, cluster);
+  emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return emulator::take_error();
 }

@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-alignas(1024) char async_memory[kMaxCluster][kSharedBytes];
+alignas(1024) char async_memory[kSharedBytes];
 
 namespace {
 
@@ -33,15 +33,14 @@ struct Load {
 
 struct Reduction {
   float* global;
-  const char* source;
-  uint32_t bytes;
+  uint32_t offset, bytes;
   std::vector<float> values;
   bool read, added;
 
   void read_now() {
     if (read) return;
     values.resize(bytes / 4);
-    std::memcpy(values.data(), source, bytes);
+    std::memcpy(values.data(), async_memory + offset, bytes);
     read = true;
   }
   void add_now() {
@@ -79,7 +78,7 @@ struct HopperThread {
 };
 
 std::unordered_map<uint64_t*, Barrier> barriers;
-NamedBarrier named_barriers[kMaxCluster][16];
+NamedBarrier named_barriers[16];
 std::vector<Load> loads;
 double landing_chance;
 std::vector<HopperThread> hopper_threads;
@@ -87,9 +86,9 @@ std::vector<WarpProducts> warp_products;
 
 HopperThread& mine() { return hopper_threads[current]; }
 
-void write_both(unsigned rank, uint32_t offset, const void* data, size_t bytes) {
-  std::memcpy(shared_memory[rank] + offset, data, bytes);
-  std::memcpy(async_memory[rank] + offset, data, bytes);
+void write_both(uint32_t offset, const void* data, size_t bytes) {
+  std::memcpy(shared_memory + offset, data, bytes);
+  std::memcpy(async_memory + offset, data, bytes);
 }
 
 // ---- barriers ----
@@ -109,32 +108,28 @@ void complete_if_due(Barrier& b) {
 std::string describe_mbarrier(uint64_t argument) {
   const auto barrier = reinterpret_cast<uint64_t*>(argument & ~uint64_t{1});
   const Barrier& b = barriers.find(barrier)->second;
-  const size_t byte = reinterpret_cast<char*>(barrier) - shared_memory[0];
-  return "the mbarrier at byte " + std::to_string(byte % kSharedBytes) + " of the shared memory of block " +
-         std::to_string(byte / kSharedBytes) + " of the cluster, parity " + std::to_string(argument & 1) + ": " + std::to_string(b.pending) + " of " +
+  return "the mbarrier at byte " + std::to_string(reinterpret_cast<char*>(barrier) - shared_memory) +
+         " of shared memory, parity " + std::to_string(argument & 1) + ": " + std::to_string(b.pending) + " of " +
          std::to_string(b.arrivals) + " arrivals and " + std::to_string(b.bytes) + " bytes are missing";
 }
 
-std::string describe_named(uint64_t argument) {
-  const uint64_t id = argument % 16;
-  const NamedBarrier& b = named_barriers[argument / 16][id];
+std::string describe_named(uint64_t id) {
+  const NamedBarrier& b = named_barriers[id];
   return "named barrier " + std::to_string(id) + ": " + std::to_string(b.arrived) + " of " + std::to_string(b.threads);
 }
 
 // ---- copies ----
 
-void poison(unsigned rank, uint32_t offset, size_t bytes) {  // it may be written at any time from now on
+void poison(uint32_t offset, size_t bytes) {  // it may be written at any time from now on
   const std::vector<char> nan(bytes, static_cast<char>(0xff));
-  write_both(rank, offset, nan.data(), bytes);
+  write_both(offset, nan.data(), bytes);
 }
 
-// To `offset` of the shared memory of block `rank`; `barrier`: of this block, whose counterpart there counts the bytes.
-void start_load(unsigned rank, uint32_t offset, uint32_t bytes, uint64_t* barrier, std::function<void()> perform) {
-  const uint32_t barrier_offset = shared_address(barrier);
-  barrier = reinterpret_cast<uint64_t*>(shared_memory[rank] + barrier_offset);
+void start_load(void* smem, uint32_t bytes, uint64_t* barrier, std::function<void()> perform) {
   find(barrier);
+  const uint32_t offset = shared_address(smem);
   if (offset % 16 != 0 || bytes % 16 != 0 || offset + bytes > shared_bytes) fail("a bulk copy: bad shared address");
-  poison(rank, offset, bytes);
+  poison(offset, bytes);
   loads.push_back({barrier, bytes, std::move(perform)});
 }
 
@@ -204,7 +199,7 @@ void check_descriptor(uint64_t descriptor, bool transposed, int rows) {
 
 double read_operand(const Product& product, uint64_t descriptor, bool transposed, int row, int k) {
   uint16_t word;
-  std::memcpy(&word, async_memory[rank()] + operand_address(descriptor, transposed, row, k), 2);
+  std::memcpy(&word, async_memory + operand_address(descriptor, transposed, row, k), 2);
   return product.half ? element<true>(word) : element<false>(word);
 }
 
@@ -271,7 +266,7 @@ void publish(uint64_t end) {
 
 }  // namespace
 
-void fence_async() { std::memcpy(async_memory[rank()], own_memory(), shared_bytes); }
+void fence_async() { std::memcpy(async_memory, shared_memory, shared_bytes); }
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   shared_address(barrier);
@@ -286,11 +281,6 @@ void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes) {
   complete_if_due(b);
 }
 
-void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
-  const uint32_t offset = shared_address(barrier);
-  barrier_arrive(reinterpret_cast<uint64_t*>(shared_memory[rank] + offset), 0);
-}
-
 bool barrier_passed(uint64_t* barrier, uint32_t parity) { return find(barrier).phase != (parity & 1); }
 
 void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -301,7 +291,7 @@ void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 void named_barrier(int id, int count, bool waits) {
   if (id < 1 || id > 15 || count % kWarp != 0 || count <= 0) fail("a named barrier: bad number or count");
-  NamedBarrier& b = named_barriers[rank()][id];
+  NamedBarrier& b = named_barriers[id];
   if (b.arrived > 0 && b.threads != count) fail("named barrier " + std::to_string(id) + ": two counts");
   b.threads = count;
   const uint64_t turn = b.turn;
@@ -309,16 +299,16 @@ void named_barrier(int id, int count, bool waits) {
     b.arrived = 0;
     ++b.turn;
   }
-  if (waits) wait_until([&b, turn] { return b.turn != turn; }, describe_named, rank() * 16 + id);
+  if (waits) wait_until([&b, turn] { return b.turn != turn; }, describe_named, id);
 }
 
-void load_box(unsigned rank, void* smem, const CUtensorMap& tensor_map, const int32_t (&coordinates)[5], uint64_t* barrier) {
+void load_box(void* smem, const CUtensorMap& tensor_map, const int32_t (&coordinates)[5], uint64_t* barrier) {
   Map map;
   std::memcpy(&map, &tensor_map, sizeof(map));
   const uint32_t offset = shared_address(smem), bytes = map.value_bytes, row_bytes = map.box[0] * bytes;
   if (offset % 128 != 0) fail("a tensor copy to an address that is no multiple of 128");
   const std::array<int64_t, 5> at{coordinates[0], coordinates[1], coordinates[2], coordinates[3], coordinates[4]};
-  start_load(rank, offset, map.box[1] * row_bytes, barrier, [=] {
+  start_load(smem, map.box[1] * row_bytes, barrier, [=] {
     for (uint32_t row = 0; row < map.box[1]; ++row) {
       for (uint32_t column = 0; column < map.box[0]; ++column) {
         const std::array<int64_t, 5> index{at[0] + column, at[1] + row, at[2], at[3], at[4]};
@@ -331,7 +321,7 @@ void load_box(unsigned rank, void* smem, const CUtensorMap& tensor_map, const in
         uint32_t value = 0;
         if (inside) std::memcpy(&value, source, bytes);
         const uint32_t address = offset + row * row_bytes + column * bytes;
-        write_both(rank, address ^ (address >> 7 & (map.chunks - 1)) << 4, &value, bytes);
+        write_both(address ^ (address >> 7 & (map.chunks - 1)) << 4, &value, bytes);
       }
     }
   });
@@ -340,8 +330,7 @@ void load_box(unsigned rank, void* smem, const CUtensorMap& tensor_map, const in
 void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a bulk copy: bad global address");
   const uint32_t offset = shared_address(smem);
-  const unsigned own = rank();
-  start_load(own, offset, bytes, barrier, [=] { write_both(own, offset, global, bytes); });
+  start_load(smem, bytes, barrier, [=] { write_both(offset, global, bytes); });
 }
 
 void bulk_reduce_add(float* global, const float* smem, uint32_t bytes) {
@@ -349,7 +338,7 @@ void bulk_reduce_add(float* global, const float* smem, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || offset % 16 != 0 || bytes % 16 != 0) {
     fail("a bulk reduction: bad address or size");
   }
-  mine().open.push_back({global, async_memory[rank()] + offset, bytes, {}, false, false});
+  mine().open.push_back({global, offset, bytes, {}, false, false});
 }
 
 void bulk_commit() {
@@ -416,10 +405,10 @@ void wgmma_wait(int pending) {
 }
 
 void start_hopper(unsigned num_threads) {
-  for (auto& memory : async_memory) std::memset(memory, 0xff, shared_bytes);
+  std::memset(async_memory, 0xff, shared_bytes);
   barriers.clear();
   loads.clear();
-  for (auto& of_block : named_barriers) std::fill(of_block, of_block + 16, NamedBarrier{});
+  std::fill(named_barriers, named_barriers + 16, NamedBarrier{});
   hopper_threads.assign(num_threads, HopperThread{});
   warp_products.assign((num_threads + kWarp - 1) / kWarp, WarpProducts{});
   landing_chance = std::array{1.0, 0.3, 0.0}[random_source() % 3];

@@ -8,19 +8,17 @@
 namespace emulator {
 
 // Shared memory as asynchronous instructions see it: ordinary stores reach it at the next fence_async() only.
-extern char async_memory[kMaxCluster][kSharedBytes];
+extern char async_memory[];
 void fence_async();
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals);
 void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes);
-void barrier_arrive_at(uint64_t* barrier, unsigned rank);  // its counterpart in another block of the cluster
 bool barrier_passed(uint64_t* barrier, uint32_t parity);
 void barrier_wait(uint64_t* barrier, uint32_t parity);
 
 void named_barrier(int id, int threads, bool waits);
 
-// To the place of `smem`, and counted at `barrier`, in the shared memory of block `rank` of the cluster.
-void load_box(unsigned rank, void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t* barrier);
+void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t* barrier);
 void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t* barrier);
 void bulk_reduce_add(float* global, const float* smem, uint32_t bytes);
 void bulk_commit();

@@ -17,7 +17,7 @@ inline void take_effect(const emulator::Copy& copy) {
 
 inline void copy_async(uint32_t smem, const void* global, size_t bytes, bool valid) {
   if (smem % bytes != 0 || (valid && reinterpret_cast<uintptr_t>(global) % bytes != 0)) std::abort();
-  const emulator::Copy copy{emulator::own_memory() + smem, global, bytes, valid};
+  const emulator::Copy copy{emulator::shared_memory + smem, global, bytes, valid};
   if (emulator::copies_are_late) {
     emulator::fiber().open.push_back(copy);
   } else {
@@ -71,7 +71,7 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline float exp2_approx(float x) { return exp2f(x); }
 
-inline void store_shared(uint32_t smem, int offset, uint32_t value) { std::memcpy(emulator::own_memory() + smem + offset, &value, 4); }
+inline void store_shared(uint32_t smem, int offset, uint32_t value) { std::memcpy(emulator::shared_memory + smem + offset, &value, 4); }
 
 template <class T>
 inline T* opaque(T* pointer) {

@@ -18,18 +18,8 @@ inline bool has_ended(uint64_t& barrier, uint32_t phase) { return emulator::barr
 inline void arrive(uint64_t& barrier) { emulator::barrier_arrive(&barrier, 0); }
 inline void arrive_and_expect(uint64_t& barrier, uint32_t bytes) { emulator::barrier_arrive(&barrier, bytes); }
 
-inline uint32_t cluster_rank() { return emulator::rank(); }
-inline void cluster_sync() { emulator::synchronize_cluster(); }
-inline uint32_t distance_to(uint32_t rank, const void*) { return rank; }
-inline void arrive_at(uint64_t& barrier, uint32_t distance, bool arrives) {
-  if (arrives) emulator::barrier_arrive_at(&barrier, distance);
-}
-inline void load_box_for_both(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t& barrier) {
-  for (unsigned rank = 0; rank < 2; ++rank) emulator::load_box(rank, smem, map, coordinates, &barrier);
-}
-
 inline void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5], uint64_t& barrier) {
-  emulator::load_box(emulator::rank(), smem, map, coordinates, &barrier);
+  emulator::load_box(smem, map, coordinates, &barrier);
 }
 inline void prefetch_map(const CUtensorMap&) {}
 inline void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {

@@ -73,26 +73,6 @@ cudaError_t launch_early(int blocks, int threads, int shared_bytes, cudaStream_t
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 
-// Launches clusters of `cluster` thread blocks; early: as launch_early does.
-template <auto kKernel, class... Arguments>
-cudaError_t launch_clusters(int cluster, bool early, int blocks, int threads, int shared_bytes, cudaStream_t stream,
-                            const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = cluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = early ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kKernel, arguments...);
-}
-
 // In a kernel before one of launch_early: that one may start now, where there is room. Its results are seen all the same
 // only once it has ended.
 __device__ __forceinline__ void let_next_kernel_start() {

@@ -12,13 +12,13 @@ namespace fcsa::sm90 {
 // 5 to 12 per cent at 512 and 1024 keys. Long causal walks rather have few sections, since each ends with its own short
 // blocks; 32 MiB stay in the 50 MB L2 cache.
 inline int64_t section_bytes(const ForwardParams& p) {
-  return p.num_keys < (p.causal ? 2048 : 8192) ? SECTION_MB << 20 : 32 << 20;
+  return p.num_keys < (p.causal ? 2048 : 8192) ? 8 << 20 : 32 << 20;
 }
 
 template <class Traits>
 Schedule make_schedule(const ForwardParams& p) {
   Schedule schedule;
-  schedule.num_blocks = ceil_div(p.num_queries, Traits::kBlockM * Traits::kCluster);
+  schedule.num_blocks = ceil_div(p.num_queries, Traits::kBlockM);
   schedule.num_heads = p.heads * p.b1 * p.b0;
   const int64_t head_bytes = 2 * static_cast<int64_t>(p.num_keys) * p.head_dim * sizeof(typename Traits::Element);
   const int64_t kv_heads_per_section = head_bytes == 0 ? 1 : section_bytes(p) / head_bytes;
@@ -44,9 +44,9 @@ cudaError_t launch_prologue(const ForwardParams& p, cudaStream_t stream) {
 }
 
 template <class Traits>
-cudaError_t launch_forward_kernel(ForwardParams p, cudaStream_t stream) {
+cudaError_t launch_forward_kernel(const ForwardParams& p, cudaStream_t stream) {
   ForwardMaps maps;
-  cudaError_t error = make_input_maps<typename Traits::Element>(&maps, p, Traits::QueryTile::kRows, Traits::kBlockN / Traits::kCluster);
+  cudaError_t error = make_input_maps<typename Traits::Element>(&maps, p, Traits::QueryTile::kRows, Traits::kBlockN);
   if (error != cudaSuccess) return error;
   if constexpr (Traits::kBias && !Traits::kDiagonals) {
     error = make_bias_map<typename Traits::BiasTile>(&maps.bias, p);
@@ -64,12 +64,7 @@ cudaError_t launch_forward_kernel(ForwardParams p, cudaStream_t stream) {
   constexpr auto kKernel = forward_kernel<Traits>;
   error = allow_shared_memory<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  if (Traits::kPaired) p.next_item = nullptr;  // blocks of one length: pairs take them in turn
-  const int64_t clusters = processors / Traits::kCluster;
-  const int blocks = static_cast<int>(schedule.num_items < clusters ? schedule.num_items : clusters) * Traits::kCluster;
-  if constexpr (Traits::kPaired) {
-    return launch_clusters<kKernel>(Traits::kCluster, p.l2norm_qk, blocks, Traits::kThreads, kBytes, stream, p, maps, schedule);
-  }
+  const int blocks = static_cast<int>(schedule.num_items < processors ? schedule.num_items : processors);
   if (p.l2norm_qk) return launch_early<kKernel>(blocks, Traits::kThreads, kBytes, stream, p, maps, schedule);
   kKernel<<<blocks, Traits::kThreads, kBytes, stream>>>(p, maps, schedule);
   return cudaGetLastError();
@@ -102,21 +97,6 @@ cudaError_t launch_forward_biased(const ForwardParams& p, cudaStream_t stream) {
   return launch_biased<Traits, typename Traits::Element>(p, stream);
 }
 
-// Pairs of thread blocks share their tiles of keys, which halves what comes from the L2 cache.
-template <class Traits>
-bool takes_pairs(const ForwardParams& p) {
-  if (p.causal || p.num_keys == 0) return false;
-  return ceil_div(p.num_queries, Traits::kBlockM) % 2 == 0 && p.num_keys < PAIRS_BELOW;
-}
-
-template <class Traits>
-cudaError_t launch_for(const ForwardParams& p, cudaStream_t stream) {
-  if constexpr (Traits::kSoftmax == Softmax::kBounded && Traits::kHeadDim <= 128) {
-    if (takes_pairs<Traits>(p)) return launch_forward_kernel<typename Traits::Paired>(p, stream);
-  }
-  return launch_forward_kernel<Traits>(p, stream);
-}
-
 template <class Traits>
 cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if constexpr (Traits::kBias) return launch_forward_biased<Traits>(p, stream);
@@ -125,9 +105,9 @@ cudaError_t launch_forward(const ForwardParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (p.mask != nullptr) return launch_forward_kernel<typename Traits::WithKeyMask>(p, stream);
   if constexpr (Traits::kHeadDim <= 64 && Traits::kSoftmax == Softmax::kBounded) {
-    if (p.num_keys >= kManyKeys) return launch_for<typename Traits::ForManyKeys>(p, stream);
+    if (p.num_keys >= kManyKeys) return launch_forward_kernel<typename Traits::ForManyKeys>(p, stream);
   }
-  return launch_for<Traits>(p, stream);
+  return launch_forward_kernel<Traits>(p, stream);
 }
 
 }  // namespace fcsa::sm90

@@ -306,7 +306,7 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
     }
     wgmma_pin(acc.s[part]);
     const bool last_part = part == Traits::kParts - 1;
-    if (!Traits::kBias && last_part) release<Traits>(smem.empty_k[state.ring.stage], thread);
+    if (!Traits::kBias && last_part && thread.releases) arrive(smem.empty_k[state.ring.stage]);
     const int first = part * Traits::kPartN;
     const float* k_factor = smem.k_factor[state.factors.stage] + first;
     if constexpr (Traits::kBias) {
@@ -339,7 +339,7 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
   exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
-  release<Traits>(smem.empty_v[previous.stage], thread);
+  if (thread.releases) arrive(smem.empty_v[previous.stage]);
   if constexpr (Traits::kFollows) {
     if (acc.maximum.any_raised()) {
 #pragma unroll
@@ -392,7 +392,7 @@ __device__ __forceinline__ void attend(Accumulators<Traits>& acc, const BlockOfQ
   issue_output<Traits>(acc.o, acc.probabilities, smem, state.ring.stage);
   wgmma_wait<0>();
   wgmma_pin(acc.o);
-  release<Traits>(smem.empty_v[state.ring.stage], thread);
+  if (thread.releases) arrive(smem.empty_v[state.ring.stage]);
   state.advance();
 }
 
@@ -440,7 +440,7 @@ __device__ __forceinline__ void consume_block(const ForwardParams& p, const Bloc
 
 template <class Traits>
 __device__ __forceinline__ void consume(const ForwardParams& p, ForwardStorage<Traits>& smem) {
-  const ConsumerThread thread(&smem);
+  const ConsumerThread thread;
   ConsumerState<Traits> state;
   for (;;) {
     wait(smem.full_q[thread.warpgroup], state.q_phase);
@@ -474,16 +474,12 @@ __device__ __forceinline__ void initialize_barriers(ForwardStorage<Traits>& smem
       initialize(smem.full_k[stage], 33);  // the producer's lanes for their factors, and lane 0 for the copy
       initialize(smem.full_v[stage], Traits::kKeyMask ? kMaskWarp : 1);
       if (Traits::kKeyMask) initialize(smem.loaded_v[stage], 1);
-      initialize(smem.empty_k[stage], Traits::kConsumerWarps * Traits::kCluster + kMaskWarp);
-      initialize(smem.empty_v[stage], Traits::kConsumerWarps * Traits::kCluster);
+      initialize(smem.empty_k[stage], Traits::kConsumerWarps + kMaskWarp);
+      initialize(smem.empty_v[stage], Traits::kConsumerWarps);
     }
     fence_barrier_initialization();
   }
-  if constexpr (Traits::kPaired) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
 }
 
 template <class Traits>
@@ -504,7 +500,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     grow_registers<Traits::kConsumerRegisters>();
     consume<Traits>(p, smem);
   }
-  if constexpr (Traits::kPaired) cluster_sync();  // the other thread block may still write to this one's memory
 }
 
 }  // namespace fcsa::sm90

@@ -62,8 +62,8 @@ struct ItemRequest {
   }
 
   // The item after `item`; all lanes get it.
-  __device__ __forceinline__ uint32_t answer(const ForwardParams& p, uint32_t item, int cluster) const {
-    if (p.next_item == nullptr) return item + gridDim.x / cluster;
+  __device__ __forceinline__ uint32_t answer(const ForwardParams& p, uint32_t item) const {
+    if (p.next_item == nullptr) return item + gridDim.x;
     return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
   }
 };
@@ -113,17 +113,6 @@ struct TileWalk {
   }
 };
 
-// Of a pair each producer loads one half for both; a slot is free once the consumers of both have released it.
-template <class Traits>
-__device__ __forceinline__ void load_key_tile(typename Traits::KeyTile& tile, const TensorMap& source, int first_row, int head,
-                                              const BlockOfQueries<Traits>& block, int rank, uint64_t& barrier) {
-  if constexpr (Traits::kPaired) {
-    load_half_tile_for_both(tile, source, first_row, head, block.b1, block.b0, rank, barrier);
-  } else {
-    load_tile(tile, source, first_row, head, block.b1, block.b0, barrier);
-  }
-}
-
 // One warp. Its lanes hand out the norm factors of the keys, loaded a tile ahead; lane 0 issues the copies. Every lane
 // arrives at full_k, for its own factors, lane 0 once more for the copy, which does not wait for them.
 //
@@ -140,10 +129,8 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
   uint32_t q_phase = 0;
   ItemRequest request;
   wait_for_prologue();
-  const int rank = Traits::kPaired ? cluster_rank() : 0;
-  for (uint32_t index = blockIdx.x / Traits::kCluster; index < schedule.num_items;
-       index = request.answer(p, index, Traits::kCluster)) {
-    const auto block = BlockOfQueries<Traits>::from(p, schedule, index, rank);
+  for (uint32_t index = blockIdx.x; index < schedule.num_items; index = request.answer(p, index)) {
+    const auto block = BlockOfQueries<Traits>::from(p, schedule, index);
     const int kv_head = block.head / (p.heads / p.kv_heads);
     const int64_t first_key = ((static_cast<int64_t>(block.b0) * p.b1 + block.b1) * p.kv_heads + kv_head) * p.num_keys;
     const float* k_rnorm = p.k_rnorm != nullptr && p.k_unit == nullptr ? p.k_rnorm + first_key : nullptr;
@@ -174,7 +161,7 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       if (lane == 0) {
         if constexpr (Traits::kKeyMask) smem.records[factors.stage] = {walk.visible, walk.tile, walk.next < 0, false};
         arrive_and_expect(smem.full_k[stage], Traits::kStageBytes);
-        load_key_tile<Traits>(smem.k[stage], maps.k, first_row, kv_head, block, rank, smem.full_k[stage]);
+        load_tile(smem.k[stage], maps.k, first_row, kv_head, block.b1, block.b0, smem.full_k[stage]);
         if constexpr (Traits::kBias && !Traits::kDiagonals) {
           load_bias_tile(smem.bias[stage], maps.bias, block.first_query, first_row, block.head, block.b1, block.b0,
                          smem.full_k[stage]);
@@ -191,7 +178,7 @@ __device__ __forceinline__ void produce(const ForwardParams& p, const ForwardMap
       if (lane == 0) {
         uint64_t& barrier = Traits::kKeyMask ? smem.loaded_v[stage] : smem.full_v[stage];
         arrive_and_expect(barrier, Traits::KeyTile::kBytes);
-        load_key_tile<Traits>(smem.v[stage], maps.v, first_row, kv_head, block, rank, barrier);
+        load_tile(smem.v[stage], maps.v, first_row, kv_head, block.b1, block.b0, barrier);
       }
       ring.advance();
       factors.advance();

@@ -13,9 +13,8 @@ struct ConsumerThread {
   int row;        // of the block, the first of the two
   int column;     // first of the two columns in every eight
   bool releases;  // arrives at barriers for its warp
-  uint32_t distance;  // in a pair: from here to the shared memory of the thread block whose barriers lanes 0 and 1 arrive at
 
-  __device__ explicit ConsumerThread(const void* smem) {
+  __device__ ConsumerThread() {
     const int thread = threadIdx.x - 128, lane = threadIdx.x % 32;
     // By votes, whose results the compiler knows to be equal within a warp: else what follows the wait for a warpgroup's
     // queries, the ring and the descriptors, leaves the uniform registers, 30 instructions a tile.
@@ -23,19 +22,8 @@ struct ConsumerThread {
     row = thread / 32 * 16 + lane / 4;
     column = lane % 4 * 2;
     releases = lane == 0;
-    distance = distance_to(lane % 2, smem);
   }
 };
-
-// Of a slot of K or V, by the warp, to the producers of all thread blocks that load a part of it.
-template <class Traits>
-__device__ __forceinline__ void release(uint64_t& barrier, const ConsumerThread& thread) {
-  if constexpr (Traits::kPaired) {
-    arrive_at(barrier, thread.distance, threadIdx.x % 32 < 2);
-  } else {
-    if (thread.releases) arrive(barrier);
-  }
-}
 
 // The queries of this thread as operands of S = q k^T, where they stay in registers for the walk.
 template <class Traits>

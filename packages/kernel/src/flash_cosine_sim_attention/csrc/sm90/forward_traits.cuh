@@ -22,16 +22,12 @@ struct BiasTileOf<Diagonals, kRows, kCols> {
 };
 
 // kKeyMask, kForManyKeys: not named by variants; the launcher picks the kernel for the call.
-template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false, class BiasValue_ = void,
-          bool kPaired_ = false>
+template <class Element_, int kHeadDim_, Softmax kSoftmax_, bool kKeyMask_ = false, bool kForManyKeys_ = false, class BiasValue_ = void>
 struct ForwardTraits {
   using WithKeyMask = ForwardTraits<Element_, kHeadDim_, kSoftmax_, true, false, BiasValue_>;
   using ForManyKeys = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, true, BiasValue_>;
   template <Softmax kSoftmax, class BiasValue>
   using WithBias = ForwardTraits<Element_, kHeadDim_, kSoftmax, false, false, BiasValue>;
-  using Paired = ForwardTraits<Element_, kHeadDim_, kSoftmax_, false, kForManyKeys_, void, true>;
-  static constexpr bool kPaired = kPaired_;  // clusters of two thread blocks share the tiles of a head
-  static constexpr int kCluster = kPaired ? 2 : 1;
   static constexpr bool kBias = !std::is_void_v<BiasValue_>;
   static constexpr bool kDiagonals = std::is_same_v<BiasValue_, Diagonals>;
   static constexpr bool kKeyMask = kKeyMask_;
@@ -118,11 +114,10 @@ struct BlockOfQueries {
   int num_tiles;    // negative: there is no block
   int first_limit;  // keys up to this one are visible to every query of the block
 
-  // rank: of the thread block in its cluster, whose blocks of queries are neighbours.
-  __device__ static BlockOfQueries from(const Problem& p, const Schedule& schedule, uint32_t index, int rank) {
+  __device__ static BlockOfQueries from(const Problem& p, const Schedule& schedule, uint32_t index) {
     const Schedule::Item item = schedule.item(index);
     BlockOfQueries block;
-    block.first_query = (item.block * Traits::kCluster + rank) * Traits::kBlockM;
+    block.first_query = item.block * Traits::kBlockM;
     block.head = item.head % p.heads;
     block.b1 = item.head / p.heads % p.b1;
     block.b0 = item.head / p.heads / p.b1;

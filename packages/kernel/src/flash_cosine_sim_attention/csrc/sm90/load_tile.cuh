@@ -19,18 +19,4 @@ __device__ __forceinline__ void load_tile(Tile& tile, const TensorMap& source, i
   }
 }
 
-// The half of a tile's rows that thread block `rank` of a pair loads for both.
-template <class Tile>
-__device__ __forceinline__ void load_half_tile_for_both(Tile& tile, const TensorMap& source, int first_row, int head, int b1,
-                                                        int b0, int rank, uint64_t& barrier) {
-  constexpr int kRows = Tile::kRows / 2;
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const int32_t coordinates[5] = {panel * Tile::kPanelCols, first_row + rank * kRows, head * source.head_step,
-                                    b1 * source.b1_step, b0 * source.b0_step};
-    load_box_for_both(tile.data + panel * Tile::kPanelElements + rank * kRows * Tile::kPanelCols, source.map, coordinates,
-                      barrier);
-  }
-}
-
 }  // namespace fcsa::sm90

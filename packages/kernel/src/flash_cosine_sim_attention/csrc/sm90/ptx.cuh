@@ -40,45 +40,7 @@ __device__ __forceinline__ void arrive_and_expect(uint64_t& barrier, uint32_t by
   ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &barrier, bytes);
 }
 
-// ---- clusters of thread blocks ----
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// A barrier of all threads of the cluster; what they did before to its shared memories is seen behind it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// How much further on the counterpart of something in shared memory lies in thread block `rank` of the cluster.
-__device__ __forceinline__ uint32_t distance_to(uint32_t rank, const void* smem) {
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  return there - here;
-}
-
-// Arrives at the counterpart of this barrier, if `arrives`.
-__device__ __forceinline__ void arrive_at(uint64_t& barrier, uint32_t distance, bool arrives) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n"
-               "@p mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n}" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(&barrier)) + distance),
-               "r"(static_cast<int>(arrives))
-               : "memory");
-}
-
 // ---- asynchronous copies; one thread issues them ----
-
-// A box of a tensor to this place of the shared memories of thread blocks 0 and 1 of the cluster; its bytes count at the
-// barrier of each.
-__device__ __forceinline__ void load_box_for_both(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5],
-                                                  uint64_t& barrier) {
-  ptx::cp_async_bulk_tensor(ptx::space_cluster, ptx::space_global, smem, &map, coordinates, &barrier,
-                            static_cast<uint16_t>(3));
-}
 
 // A box of a tensor to shared memory; its bytes count at the barrier.
 __device__ __forceinline__ void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordinates)[5],

@@ -1,16 +1,6 @@
 // Tile sizes of the Hopper kernels. One block a multiprocessor: 227 KiB of shared memory and 64 K registers are its budget.
 #pragma once
 
-#ifndef PAIRS_BELOW
-#define PAIRS_BELOW 100000000
-#define SECTION_MB 8
-#define ST128 3
-#define RC 232
-#define RP 40
-#define PARTS 2
-#define MANY 2048
-#endif
-
 namespace fcsa::sm90 {
 
 struct ForwardTile {
@@ -24,7 +14,7 @@ struct ForwardTile {
 
 // From so many keys on three warpgroups of 96 keys beat two of 128 at head dim 64 (7 to 12 per cent; below 1k they lose as
 // much, to blocks of queries that are half as many again).
-constexpr int kManyKeys = MANY;
+constexpr int kManyKeys = 2048;
 
 // kBiasBytes: of a value of the bias, of which a tile, kBlockM x block_n, lies in shared memory beside each K; 0: there is no
 // bias; 1: it comes by its diagonals, and takes little room.
@@ -42,8 +32,8 @@ constexpr ForwardTile forward_tile() {
     return {2, kHeadDim > 192 && kBiasBytes == 4 ? 32 : 64, 2, 240, 24, false, 1};
   }
   if constexpr (kHeadDim <= 64 && kForManyKeys) return {3, 96, 4, 160, 32, true, 1};
-  if constexpr (kHeadDim <= 64) return {2, 128, 4, RC, RP, true, PARTS};
-  if constexpr (kHeadDim <= 128) return {2, 128, ST128, RC, RP, true, 1};   // queries in registers: 3 per cent; 224 KiB
+  if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
+  if constexpr (kHeadDim <= 128) return {2, 128, 3, 240, 24, true, 1};   // queries in registers: 3 per cent; 224 KiB
   if constexpr (kHeadDim <= 192) return {2, 96, 2, 240, 24, false, 1};   // 192 KiB
   return {2, 64, 2, 240, 24, false, 1};                                  // 192 KiB
 }
