@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from flash_cosine_sim_attention import bias_plan, flash_cosine_sim_attention
-from flash_cosine_sim_attention.testing import Inputs, assert_close_to_reference, make_inputs
+from flash_cosine_sim_attention.reference import plain_cosine_sim_attention
+from flash_cosine_sim_attention.testing import (
+    Inputs,
+    assert_close_to_reference,
+    assert_within_budget,
+    eager_cosine_sim_attention,
+    make_inputs,
+)
 from flash_cosine_sim_attention.variants import variant_for
 
 from .emulator.build import build, launchers_of
@@ -196,3 +203,88 @@ def test_which_calls_the_kernels_for_short_rows_serve():
     assert plan("backward", d=64, nq=41).packed is not None
     for options in ({"bias": None}, {"bias": "bhij"}, {"batch": (3,)}, {"batch": (31,), "d": 64}):
         assert plan(**options) == (None, False)
+
+
+HOPPER = [variant_for("sm90", "forward", dtype, 32, "pair") for dtype in ("bfloat16", "float16")]
+
+
+@pytest.fixture(scope="module")
+def emulated_hopper(tmp_path_factory, tools_with_binding):
+    return build(tmp_path_factory.mktemp("pair_hopper"), HOPPER, tools_with_binding)
+
+
+class TestEmulatedHopper:
+    """The forward alone. Biases of 1e4 at masked keys and the like need the maxima that it finds only then."""
+
+    @pytest.fixture(autouse=True)
+    def _kernels_on_the_cpu(self, emulated_hopper, serve_on_the_cpu):
+        serve_on_the_cpu(launchers_of(emulated_hopper), "sm90")
+
+    @pytest.mark.parametrize("form", FORMS[:6])
+    def test_forms(self, form):
+        x = make_inputs((5,), 2, nq=33, nk=50, d=32, mask=True, dtype=torch.bfloat16, bias=form, scale="head")
+        assert_forward_close(x)
+
+    @pytest.mark.parametrize("batch", [(1, 6), (2, 5), (5, 1)])
+    def test_two_batch_dims(self, batch):
+        x = make_inputs(batch, 2, nq=65, nk=65, d=24, mask=True, dtype=torch.bfloat16, bias="bhij")
+        assert x.attn_bias is not None
+        assert_forward_close(replace(x, attn_bias=x.attn_bias[:, :1] if batch[1] > 1 else x.attn_bias[:1]))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(("nq", "nk", "d"), [(70, 140, 32), (140, 70, 24), (33, 300, 16), (20, 399, 32)])
+    def test_lengths(self, nq, nk, d, dtype):
+        assert_forward_close(make_inputs((4,), 1, nq=nq, nk=nk, d=d, mask=True, dtype=dtype, bias="hij"))
+
+    @pytest.mark.parametrize("name", EXTREMES)
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_extreme_biases(self, name, dtype):
+        x = make_inputs((5,), 1, nq=40, nk=90, d=32, mask=True, dtype=dtype, bias="hij")
+        assert_forward_close(extreme(x, name))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("height", [20.0, 200.0, 1e4])
+    def test_largest_biases_at_masked_keys(self, height, dtype):
+        """The bound of the logits is that of all keys."""
+        x = make_inputs((5,), 2, nq=40, nk=90, d=32, mask=True, dtype=dtype, bias="hij")
+        assert x.mask is not None
+        assert x.attn_bias is not None
+        x.mask[::2, 7] = False
+        x.attn_bias[0, 10:, 7] = height
+        assert_forward_close(x)
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_float32_bias(self, dtype):
+        for nk in (60, 200, 300):
+            x = make_inputs((5,), 1, nq=70, nk=nk, d=32, dtype=dtype, bias="hij")
+            assert_forward_close(extreme(x, "float32"))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("options", [{"l2norm_qk": False}, {"scale": 40.0}, {"scale": 1e-3}], ids=str)
+    def test_shifts(self, options, dtype):
+        x = make_inputs((5,), 1, nq=40, nk=90, d=32, dtype=dtype, bias="hij", **options)
+        assert_forward_close(x if x.l2norm_qk else replace(x, q=x.q * 3))
+
+    def test_masked_keys_may_hold_nan(self):
+        x = make_inputs((5,), 2, nq=65, nk=77, d=32, mask=True, dtype=torch.bfloat16, bias="hij")
+        assert x.mask is not None
+        x.mask[0] = False  # and a row without any key
+        hidden = ~x.mask[:, None, :, None].expand_as(x.k)
+        nan = {"k": x.k.masked_fill(hidden, math.nan), "v": x.v.masked_fill(hidden, math.nan)}
+        assert_forward_close(x, replace(x, **nan))
+
+    def test_bias_of_any_strides(self):
+        x = make_inputs((5,), 2, nq=65, nk=77, d=32, dtype=torch.bfloat16, bias="hij")
+        assert x.attn_bias is not None
+        wider = torch.zeros(2, 65, 83, dtype=torch.bfloat16)
+        wider[..., 3:80] = x.attn_bias
+        for bias in (x.attn_bias.mT.contiguous().mT, wider[..., 3:80], x.attn_bias[..., :1].expand(2, 65, 77)):
+            assert_forward_close(replace(x, attn_bias=bias))
+
+
+def assert_forward_close(x: Inputs, given: Inputs | None = None) -> None:
+    actual = flash_cosine_sim_attention(**(given or x).arguments(), return_lse=True, backend="sm90")
+    exact = plain_cosine_sim_attention(**x.to(torch.float64).arguments(), return_lse=True)
+    baseline = eager_cosine_sim_attention(**x.arguments(), return_lse=True)
+    for name, *three in zip(("out", "lse"), actual, exact, baseline, strict=True):
+        assert_within_budget(name, *three)

@@ -18,6 +18,9 @@ PAIR_HEAD_DIM = 32
 PAIR_LENGTH = {"forward": 512, "backward": 384}
 """What the kernels for a bias that many short rows share are made for (csrc/sm80/pair_rows.cuh)."""
 
+PAIR_SM90_KEYS = {True: 512, False: 384}
+"""The most keys of Hopper's own forward, which has room for a bias of the dtype of q, or for one in float32."""
+
 MIN_SHARERS, MIN_SHARERS_GENERAL = 4, 32
 """A bias is repacked where at least as many batch rows share it, for the kernels for short rows and for the general
 ones: those gain less by it."""
@@ -66,6 +69,20 @@ def sm90_bias_form(problem: Problem) -> str | None:
     is_read = bias.dtype in (problem.q.dtype, torch.float32) and has_bias_rows(bias, keys)
     is_small = MIN_SHARERS_OF_COPY * bias.numel() <= problem.q[..., 0].numel() * keys
     return "rows" if is_read or is_small else "copied"
+
+
+def pair_on_sm90(problem: Problem) -> bool | None:
+    """Whether Hopper's own forward for short rows that share a bias (csrc/sm90/pair_forward.cuh) was the faster one for
+    calls of this kind; None: it does not serve the call."""
+    q, k, bias = problem.q, problem.k, problem.bias
+    if bias is None or problem.toeplitz or problem.causal or problem.groups != 1 or q.dtype == torch.float32:
+        return None
+    if max(q.shape[-1], problem.v.shape[-1]) > PAIR_HEAD_DIM or q.shape[2] != k.shape[2]:
+        return None
+    keys, matrices, is_narrow = k.shape[3], bias.shape[0] * bias.shape[1], bias.dtype == q.dtype
+    if min(bias.shape[:2]) > 1 or q.shape[0] * q.shape[1] < MIN_SHARERS * matrices or keys > PAIR_SM90_KEYS[is_narrow]:
+        return None
+    return is_narrow and 256 < keys <= 384
 
 
 def _is_staged(problem: Problem, pass_name: str) -> bool:

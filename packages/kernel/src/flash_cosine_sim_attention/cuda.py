@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import chunked, launchers
 from ._build import BuildError
-from .bias_plan import BiasPlan, dbias_parts, plan_bias, sm90_bias_form
+from .bias_plan import PAIR_HEAD_DIM, BiasPlan, dbias_parts, pair_on_sm90, plan_bias, sm90_bias_form
 from .kernel_form import (
     bias_with_rows,
     kernel_bias,
@@ -107,7 +107,7 @@ class CudaKernels:
             return None
         grouped_scale = problem.scale is not None and q.shape[2] != problem.k.shape[2]
         sizes = (q.shape[-1], problem.v.shape[-1], problem.groups)
-        form = sm90_bias_form(problem) if pass_name == "forward" else None
+        form = (sm90_bias_form(problem), pair_on_sm90(problem)) if pass_name == "forward" else None
         key = (pass_name, q.device, dtype, sizes, feature, has_bias, form, grouped_scale)
         found = self._launchers.get(key)
         if found is None:
@@ -174,7 +174,8 @@ FORCED = {"sm80": CudaKernels("sm80"), "sm90": CudaKernels("sm90")}
 def _sm90_refusal(pass_name: str, problem: Problem, width: int) -> str | None:
     """What the Hopper kernels do not serve of what their variants would; None if they do."""
     if pass_name == "forward":
-        return "the sm90 forward takes no bias shared by all keys" if sm90_bias_form(problem) == "shared" else None
+        is_served = sm90_bias_form(problem) != "shared" or pair_on_sm90(problem) is not None
+        return None if is_served else "the sm90 forward takes no bias shared by all keys"
     if width <= 32:
         return f"the sm90 backward has no tiles for head dim {width}"
     if problem.scale is not None and problem.q.shape[2] != problem.k.shape[2]:
@@ -184,6 +185,8 @@ def _sm90_refusal(pass_name: str, problem: Problem, width: int) -> str | None:
 
 def _sm90_drawback(pass_name: str, problem: Problem, width: int) -> str | None:
     """Why the sm80 kernels serve better a forward that the sm90 kernels would serve; None if they do not."""
+    if pass_name == "forward" and pair_on_sm90(problem):
+        return None
     form = sm90_bias_form(problem) if pass_name == "forward" else None
     if pass_name == "forward" and problem.bias is not None and width <= 32:
         return f"the sm90 forward has no tiles of its own for a bias and head dim {width}"
@@ -218,7 +221,7 @@ def _feature(pass_name: str, problem: Problem, arch: str = "sm80") -> str:
     if problem.toeplitz:
         return "toeplitz"
     if problem.bias is not None and arch == "sm90":
-        return "bias"
+        return "bias" if pair_on_sm90(problem) is None else "pair"
     bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
 
@@ -234,7 +237,9 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     out = writable(outputs.out, width)
     bias, plan = kernel_bias(problem.bias, q.dtype), plan_bias(problem, "forward", launcher.head_dim)
     if bias is not None and launcher.arch == "sm90" and not problem.toeplitz:
-        bias, plan = bias_with_rows(bias, k.shape[-2]), BiasPlan(None, False)
+        plan = BiasPlan(None, False)
+        if launcher.head_dim > PAIR_HEAD_DIM:  # short rows that share a bias read any
+            bias = bias_with_rows(bias, k.shape[-2])
     split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
     copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(

@@ -22,8 +22,8 @@ class Row:
     """All combinations of what it lists.
 
     Dtype "tf32": float32 tensors, with products as coarse as TF32's. Features of a forward: "bounded" (the shift of the
-    softmax is known before the launch), "running_max" (tracked; on sm80 with a bias, too), "bias" (sm90), "toeplitz"
-    (with a bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
+    softmax is known before the launch), "running_max" (tracked; on sm80 with a bias, too), "bias" (sm90), "pair" (sm90,
+    short rows that share a bias), "toeplitz" (with a bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
     """
 
     arch: str
@@ -40,6 +40,7 @@ TABLE = (
     Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias", "toeplitz")),
     Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias", "toeplitz")),
     Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max", "bias")),
+    Row("sm90", "forward", HALF, HEAD_DIMS[:1], ("pair",)),
     Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
 
@@ -129,14 +130,18 @@ class Variant:
     def source(self) -> str:
         """The stub that instantiates the kernel; written to the build folder only."""
         title = self.pass_name.capitalize()
+        header, function = self.pass_name, f"launch_{self.pass_name}"
         traits = f"fcsa::{self.arch}::{title}Traits<{_ELEMENTS[self.dtype]}, {self.head_dim}, "
         own = _FEATURE_ARGUMENTS.get((f"{self.arch}_{self.pass_name}", self.feature))
-        traits += f"{own or _FEATURE_ARGUMENTS[self.pass_name, self.feature]}>"
+        if self.feature == "pair":
+            header, function, traits = "pair_forward", "launch_pair_forward", _ELEMENTS[self.dtype]
+        else:
+            traits += f"{own or _FEATURE_ARGUMENTS[self.pass_name, self.feature]}>"
         return (
-            f'#include "{self.arch}/{self.pass_name}.cuh"\n\n'
+            f'#include "{self.arch}/{header}.cuh"\n\n'
             f'extern "C" __attribute__((visibility("default"))) cudaError_t {self.name}(\n'
             f"    const fcsa::{title}Params& params, cudaStream_t stream) {{\n"
-            f"  return fcsa::{self.arch}::launch_{self.pass_name}<{traits}>(params, stream);\n"
+            f"  return fcsa::{self.arch}::{function}<{traits}>(params, stream);\n"
             "}\n"
         )
 

@@ -82,5 +82,8 @@ inline void store_if(bool stores, uint4* global, const uint4& value) {
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float log2_approx(float x) { return log2f(x); }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float rsqrt_approx(float x) { return x < 0x1p-126f ? INFINITY : 1.0f / sqrtf(x); }
 
 }  // namespace fcsa::sm90

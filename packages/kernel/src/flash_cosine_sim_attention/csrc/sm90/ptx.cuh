@@ -189,4 +189,22 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
   return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x) {  // error 2^-22, absolute where |log2(x)| < 1, else relative
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {  // 1 / x, relative error 2^-23
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float x) {  // relative error 2^-22; denormals count as 0: infinity
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fcsa::sm90

@@ -27,10 +27,10 @@ struct PanelTile {
     return (col / kPanelCols * kPanelElements + col % kPanelCols) / 8;
   }
 
-  // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`, the first of a panel; panels lie kPanelElements
-  // apart.
+  // wgmma operand stored [k][col]: 16 rows from `row`, columns from `col`: the first of a panel, and panels lie
+  // kPanelElements apart, or columns that end within their panel.
   __device__ uint64_t descriptor_transposed(int row, int col = 0) const {
-    return make_descriptor(kPanelElements * 2 / 16, col / kPanelCols * kPanelElements / 8 + row * kPanelCols / 8);
+    return make_descriptor(kPanelElements * 2 / 16, row * kPanelCols / 8 + static_cast<uint32_t>(column_step(col)));
   }
   __host__ __device__ static constexpr uint64_t row_step(int row) { return row * kPanelCols / 8; }
 
