@@ -235,11 +235,10 @@ def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> No
     width = kernel_width(q.shape[-1], v.shape[-1], groups)
     q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
     out = writable(outputs.out, width)
-    bias, plan = kernel_bias(problem.bias, q.dtype), plan_bias(problem, "forward", launcher.head_dim)
-    if bias is not None and launcher.arch == "sm90" and not problem.toeplitz:
-        plan = BiasPlan(None, False)
-        if launcher.head_dim > PAIR_HEAD_DIM:  # short rows that share a bias read any
-            bias = bias_with_rows(bias, k.shape[-2])
+    bias, on_sm90 = kernel_bias(problem.bias, q.dtype), launcher.arch == "sm90"
+    plan = BiasPlan(None, False) if on_sm90 else plan_bias(problem, "forward", launcher.head_dim)
+    if bias is not None and on_sm90 and not problem.toeplitz and launcher.head_dim > PAIR_HEAD_DIM:
+        bias = bias_with_rows(bias, k.shape[-2])  # the kernel for short rows that share a bias reads any
     split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
     copies = split or (norm and groups > 1)
     torch.ops.flash_cosine_sim_attention.launch_forward(

@@ -23,7 +23,7 @@ class Row:
 
     Dtype "tf32": float32 tensors, with products as coarse as TF32's. Features of a forward: "bounded" (the shift of the
     softmax is known before the launch), "running_max" (tracked; on sm80 with a bias, too), "bias" (sm90), "pair" (sm90,
-    short rows that share a bias), "toeplitz" (with a bias by its diagonals). Of a backward: "plain", "bias", "toeplitz".
+    for short rows that share one), "toeplitz" (one by its diagonals). Of a backward: "plain", "bias", "toeplitz".
     """
 
     arch: str
