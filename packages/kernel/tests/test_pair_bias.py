@@ -288,3 +288,17 @@ def assert_forward_close(x: Inputs, given: Inputs | None = None) -> None:
     baseline = eager_cosine_sim_attention(**x.arguments(), return_lse=True)
     for name, *three in zip(("out", "lse"), actual, exact, baseline, strict=True):
         assert_within_budget(name, *three)
+
+
+def test_which_calls_the_forward_of_hopper_serves():
+    def served(**options):
+        shape = {"batch": (32,), "heads": 2, "nq": 40, "nk": 300, "d": 32, "dtype": torch.bfloat16, "bias": "hij"}
+        return bias_plan.pair_on_sm90(make_inputs(**(shape | options)).problem())
+
+    assert served()  # where it is the faster one
+    assert served(dtype=torch.float16, nq=600)
+    assert served(nk=500) is False  # serves, if asked for
+    for options in ({"causal": True}, {"kv_heads": 1}, {"groups": 2}, {"nk": 513}, {"d": 40}, {"dtype": torch.float32}):
+        assert served(**options) is None
+    for options in ({"bias": None}, {"bias": "bhij"}, {"batch": (3,)}):
+        assert served(**options) is None
