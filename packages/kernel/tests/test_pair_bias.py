@@ -118,6 +118,16 @@ class TestOnTheGpu:
             again = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
+    @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="Hopper")
+    @pytest.mark.parametrize("name", ["as it is", *EXTREMES])
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_forward_of_hopper(self, name, dtype):
+        """Where it is not chosen, too."""
+        for nq, nk in ((130, 31), (70, 200), (384, 384), (60, 512)):
+            x = make_inputs((9,), 4, nq=nq, nk=nk, d=32, mask=True, dtype=dtype, bias="hij", device="cuda")
+            if name != "float32" or nk <= 384:
+                assert_forward_close(x if name == "as it is" else extreme(x, name))
+
     def test_memory_is_of_the_size_of_the_bias(self):
         """No n x n temporary per row: at n = 256 one would be 256 MiB."""
         n = 256
@@ -298,6 +308,7 @@ def test_which_calls_the_forward_of_hopper_serves():
     assert served()  # where it is the faster one
     assert served(dtype=torch.float16, nq=600)
     assert served(nk=500) is False  # serves, if asked for
+    assert served(nk=200) is False
     for options in ({"causal": True}, {"kv_heads": 1}, {"groups": 2}, {"nk": 513}, {"d": 40}, {"dtype": torch.float32}):
         assert served(**options) is None
     for options in ({"bias": None}, {"bias": "bhij"}, {"batch": (3,)}):

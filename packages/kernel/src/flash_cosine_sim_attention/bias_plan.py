@@ -82,7 +82,7 @@ def pair_on_sm90(problem: Problem) -> bool | None:
     keys, matrices, is_narrow = k.shape[3], bias.shape[0] * bias.shape[1], bias.dtype == q.dtype
     if min(bias.shape[:2]) > 1 or q.shape[0] * q.shape[1] < MIN_SHARERS * matrices or keys > PAIR_SM90_KEYS[is_narrow]:
         return None
-    return is_narrow and 256 < keys <= 384
+    return 256 < keys <= 384 if is_narrow else keys <= 256
 
 
 def _is_staged(problem: Problem, pass_name: str) -> bool:
