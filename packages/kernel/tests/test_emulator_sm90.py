@@ -166,9 +166,18 @@ EMULATED += [variant_for("sm90", "backward", dtype, d, "plain") for dtype, d in 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward(dtype, d, options, deterministic):
     """Deterministic: in order; the emulator fails a block that waits for one which runs later."""
-    sizes = {"nq": 140, "nk": 270, "d": d} | options
+    assert_backward_close(deterministic, dtype, **({"nq": 140, "nk": 270, "d": d} | options))
+
+
+def test_backward_of_many_keys():
+    """From 32 blocks of keys on a block of threads takes several."""
+    assert_backward_close(False, "bfloat16", heads=1, nq=70, nk=4100, d=64)
+
+
+def assert_backward_close(deterministic: bool, dtype: str, heads: int = 2, **sizes) -> None:
     torch.use_deterministic_algorithms(deterministic)
     try:
-        assert_close_to_reference(make_inputs((1,), 2, dtype=getattr(torch, dtype), **sizes), backend="sm90", lse=True)
+        inputs = make_inputs((1,), heads, dtype=getattr(torch, dtype), **sizes)
+        assert_close_to_reference(inputs, backend="sm90", lse=True)
     finally:
         torch.use_deterministic_algorithms(False)

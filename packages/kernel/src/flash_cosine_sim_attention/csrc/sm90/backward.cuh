@@ -20,14 +20,9 @@ cudaError_t make_maps(BackwardMaps* maps, const BackwardParams& p) {
   return make_tensor_map<Element>(&maps->dout, p.dout, p.dout_strides, q_sizes, Traits::kBlockQ);
 }
 
-// Whether persistent blocks of threads get equal shares (BlockWalk): causal, the blocks of keys of a head differ in length, and
-// from turn to turn a multiprocessor moves on by processors % num_tiles of them; it should see all lengths. Else a block of
-// threads takes one block of keys, and the hardware deals them out: 24 % faster at 16384 tokens, causal.
-inline bool walk_is_balanced(const Problem& p, int num_tiles, int64_t blocks, int processors) {
-  if (!p.causal) return true;
-  const int ahead = processors % num_tiles, step = ahead < num_tiles - ahead ? ahead : num_tiles - ahead;
-  return step == 0 || blocks / processors * step * 2 >= 3 * num_tiles;  // 0: a turn and the next, backwards, make up for each other
-}
+// Whether a block of threads takes blocks of keys one after another (BlockWalk). That pays, by 2 %, where all are equally long and
+// there are many a head; else the hardware deals them out better, by 1 to 5 % (docs/decisions.md).
+inline bool blocks_persist(const Problem& p, int num_tiles) { return !p.causal && num_tiles >= 32; }
 
 // Both kernels behind the prologue start early: see where they wait_for_prologue().
 template <class Traits, bool kWantsDq, bool kOrdered>
@@ -46,7 +41,7 @@ cudaError_t launch_main(const BackwardParams& p, cudaStream_t stream) {
   error = multiprocessor_count(&processors);
   if (error != cudaSuccess) return error;
   // In order, a block of threads takes one block of keys: nobody then waits for one that finds no multiprocessor free.
-  const bool persistent = !kOrdered && walk_is_balanced(p, ceil_div(p.num_keys, Traits::kBlockK), blocks, processors);
+  const bool persistent = !kOrdered && blocks_persist(p, ceil_div(p.num_keys, Traits::kBlockK));
   return launch_early<kKernel>(static_cast<int>(persistent && blocks > processors ? processors : blocks), Traits::kThreads,
                                kBytes, stream, p, maps);
 }

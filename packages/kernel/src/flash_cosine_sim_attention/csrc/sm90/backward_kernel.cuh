@@ -263,8 +263,8 @@ __device__ __forceinline__ void initialize_barriers(BackwardStorage<Traits>& sme
   __syncthreads();
 }
 
-// The blocks of keys of one persistent block of threads, one after another. They are dealt out in turns; causal, where the
-// blocks of a head differ in length, every other turn runs backwards. kOrdered: see backward_order.cuh.
+// The blocks of keys of one block of threads: one, or, where blocks persist, one after another, dealt out in turns.
+// kOrdered: see backward_order.cuh.
 template <class Traits, bool kOrdered>
 struct BlockWalk {
   uint32_t num_blocks, turn = 0;
@@ -274,13 +274,10 @@ struct BlockWalk {
 
   // The next block; num_blocks or more: there is none.
   __device__ __forceinline__ uint32_t next(const Problem& p) {
-    const uint32_t first = turn++ * gridDim.x, block = first + blockIdx.x;
-    if (!p.causal || block >= num_blocks) return block;
-    if constexpr (kOrdered) {
-      const uint32_t num_tiles = ceil_div(p.num_keys, Traits::kBlockK), tile = block % num_tiles;
-      return block - tile + (num_tiles - 1 - tile);
-    }
-    return turn % 2 == 0 && first + gridDim.x <= num_blocks ? first + gridDim.x - 1 - blockIdx.x : block;
+    const uint32_t block = turn++ * gridDim.x + blockIdx.x;
+    if (!kOrdered || !p.causal || block >= num_blocks) return block;
+    const uint32_t num_tiles = ceil_div(p.num_keys, Traits::kBlockK), tile = block % num_tiles;
+    return block - tile + (num_tiles - 1 - tile);
   }
 };
 
