@@ -12,7 +12,7 @@ namespace fcsa::sm90 {
 // 5 to 12 per cent at 512 and 1024 keys. Long causal walks rather have few sections, since each ends with its own short
 // blocks; 32 MiB stay in the 50 MB L2 cache.
 inline int64_t section_bytes(const ForwardParams& p) {
-  return p.num_keys < (p.causal ? 2048 : 8192) ? 8 << 20 : 32 << 20;
+  return p.num_keys < (p.causal ? 1536 : 8192) ? 8 << 20 : 32 << 20;
 }
 
 template <class Traits>

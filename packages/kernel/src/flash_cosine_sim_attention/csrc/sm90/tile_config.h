@@ -12,9 +12,9 @@ struct ForwardTile {
   int parts;            // S of a tile is multiplied, and exponentiated, in so many groups of keys
 };
 
-// From so many keys on three warpgroups of 96 keys beat two of 128 at head dim 64 (7 to 12 per cent; below 1k they lose as
-// much, to blocks of queries that are half as many again).
-constexpr int kManyKeys = 2048;
+// From so many keys on three warpgroups of 96 keys beat two of 128 at head dim 64 (7 per cent; at 1024 they lose as much, to
+// blocks of queries that are half as many again).
+constexpr int kManyKeys = 1536;
 
 // kBiasBytes: of a value of the bias, of which a tile, kBlockM x block_n, lies in shared memory beside each K; 0: there is no
 // bias; 1: it comes by its diagonals, and takes little room.
@@ -32,8 +32,8 @@ constexpr ForwardTile forward_tile() {
     return {2, kHeadDim > 192 && kBiasBytes == 4 ? 32 : 64, 2, 240, 24, false, 1};
   }
   if constexpr (kHeadDim <= 64 && kForManyKeys) return {3, 96, 4, 160, 32, true, 1};
-  if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 2};
-  if constexpr (kHeadDim <= 128) return {2, 128, 3, 240, 24, true, 1};   // queries in registers: 3 per cent; 224 KiB
+  if constexpr (kHeadDim <= 64) return {2, 128, 4, 240, 24, true, 1};
+  if constexpr (kHeadDim <= 128) return {2, 128, 3, 232, 40, true, 1};   // queries in registers: 3 per cent; 224 KiB
   if constexpr (kHeadDim <= 192) return {2, 96, 2, 240, 24, false, 1};   // 192 KiB
   return {2, 64, 2, 240, 24, false, 1};                                  // 192 KiB
 }
