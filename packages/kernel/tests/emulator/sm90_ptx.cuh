@@ -69,6 +69,8 @@ inline void store_matrix_x4_trans(void* smem, const uint32_t (&words)[4]) {
   emulator::store_matrices(emulator::shared_address(smem), words, true);
 }
 
+inline void store_shared(float& smem, float x) { smem = x; }
+
 template <int kRegisters>
 inline void shrink_registers() {}
 template <int kRegisters>

@@ -337,6 +337,10 @@ __device__ __forceinline__ void attend_tile(Accumulators<Traits>& acc, ForwardSt
   issue_output<Traits>(acc.o, acc.probabilities, smem, previous.stage);
   state.look_ahead(smem);
   exponentiate_tile<Traits, kMasked, 1>(acc, smem, thread, rows, state, tile);
+  if constexpr (Traits::kExponentialsFirst) {
+    const float* last = acc.s[Traits::kParts - 1] + Traits::kPartN / 2 - 16;
+    store_shared(smem.parked[threadIdx.x - 128], (last[15] + last[11]) + (last[7] + last[3]));
+  }
   wgmma_wait<0>();
   wgmma_pin(acc.o);
   if (thread.releases) arrive(smem.empty_v[previous.stage]);

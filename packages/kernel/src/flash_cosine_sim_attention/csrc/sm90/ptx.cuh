@@ -171,6 +171,11 @@ __device__ __forceinline__ void store_if(bool stores, uint4* global, const uint4
                : "memory");
 }
 
+// A store that the compiler neither drops nor moves over another volatile instruction.
+__device__ __forceinline__ void store_shared(float& smem, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(&smem))), "f"(x) : "memory");
+}
+
 // ---- registers and arithmetic ----
 
 template <int kRegisters>  // gives registers back to the pool; all warps of the warpgroup
