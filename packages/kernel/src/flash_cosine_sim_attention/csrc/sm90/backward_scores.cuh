@@ -15,7 +15,7 @@ struct KeyThread {
   int row, column; // its first key in the block, its first query in every eight
   float factor[2]; // k_rnorm where the norm is folded; 0 for keys that are not there: so is then their dS'
   float score_factor[2];  // the same times scale * log2(e)
-  int first_query[2];  // the first query that sees the key: causal
+  int first_query[2];  // the first query that sees the key
 
   __device__ __forceinline__ KeyThread(const BackwardParams& p, const BlockOfKeys<Traits>& block) {
     const int index = threadIdx.x - 128, lane = threadIdx.x % 32;
@@ -33,7 +33,7 @@ struct KeyThread {
       if (visible && mask != nullptr) visible = mask[(block.first_key + key) * p.mask_key] != 0;
       factor[half] = !visible ? 0.0f : folded ? folded_factor<Traits>(p.k_rnorm[row0 + key]) : 1.0f;
       score_factor[half] = factor[half] * (head_scale(p, block.index.head * block.group) * kLog2e);
-      first_query[half] = p.causal ? block.first_key + key - (p.num_keys - p.num_queries) : 0;
+      first_query[half] = !visible ? INT32_MAX : p.causal ? block.first_key + key - (p.num_keys - p.num_queries) : INT32_MIN / 2;
     }
   }
 };

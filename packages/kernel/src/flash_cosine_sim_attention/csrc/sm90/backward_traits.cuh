@@ -81,7 +81,7 @@ struct BlockOfKeys {
   int first_key, num_keys;   // of the block; num_keys that exist
   int group;                 // query heads of the kv head
   int first_step, end_step;  // steps of a query head that see a key of the block
-  int first_unmasked_step;   // from here on every query sees every key, as far as causality goes
+  int first_unmasked_step;   // from here on P is finite without a mask: every query sees every key, as far as causality goes
 
   // All lanes of a warp call it.
   __device__ __forceinline__ BlockOfKeys(const Problem& p, uint32_t block)
@@ -95,7 +95,7 @@ struct BlockOfKeys {
     const int full_query = p.causal ? max(0, first_key + Traits::kBlockK - 1 - offset) : 0;
     first_step = first_query / Traits::kBlockQ;
     end_step = has_visible_key(p) ? num_steps : first_step;
-    first_unmasked_step = min(max(first_step, ceil_div(full_query, Traits::kBlockQ)), end_step);
+    first_unmasked_step = may_overflow(p) ? end_step : min(max(first_step, ceil_div(full_query, Traits::kBlockQ)), end_step);
   }
 
   __device__ __forceinline__ TileIndex query_head(int head) const {
@@ -105,6 +105,13 @@ struct BlockOfKeys {
   }
 
  private:
+  // Where logits are large, exp2(shift), the P of keys that are not there, may be infinite: a mask makes it 0 then.
+  __device__ __forceinline__ bool may_overflow(const Problem& p) const {
+    constexpr float kLargeLogit = 64.0f;  // exp2(64 log2(e)) is far from the end of float32
+    const bool hides_keys = num_keys < Traits::kBlockK || p.mask != nullptr;
+    return hides_keys && fabsf(head_scale(p, index.head * group)) * p.groups > kLargeLogit;
+  }
+
   __device__ __forceinline__ bool has_visible_key(const Problem& p) const {
     const uint8_t* mask = mask_row(p, index);
     if (mask == nullptr) return true;
