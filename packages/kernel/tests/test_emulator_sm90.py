@@ -25,7 +25,7 @@ from .emulator.build import build, launchers_of
 
 FORWARD = [("bfloat16", 64), ("float16", 128), ("bfloat16", 96)]
 EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in FORWARD]
-EMULATED += [variant_for("sm90", "forward", "float16", 64, "running_max")]
+EMULATED += [variant_for("sm90", "forward", dtype, 64, "running_max") for dtype in ("float16", "bfloat16")]
 BIASED = [("bfloat16", 64), ("float16", 128), ("bfloat16", 128)]
 EMULATED += [variant_for("sm90", "forward", *kind, "bias") for kind in BIASED]
 
@@ -172,6 +172,16 @@ def test_backward(dtype, d, options, deterministic):
 def test_backward_of_many_keys():
     """From 32 blocks of keys on a block of threads takes several."""
     assert_backward_close(False, "bfloat16", heads=1, nq=70, nk=4100, d=64)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_backward_of_large_logits_beside_keys_that_are_not_there(mask):
+    """exp2 of the shift alone is infinite: all cosines are -1."""
+    x = make_inputs((1,), 1, nq=70, nk=140, d=64, dtype=torch.bfloat16, scale=100.0, mask=mask)
+    direction = torch.randn(64)
+    x.q.copy_(direction.expand_as(x.q))
+    x.k.copy_(-direction.expand_as(x.k))
+    assert_close_to_reference(x, backend="sm90", lse=True)
 
 
 def assert_backward_close(deterministic: bool, dtype: str, heads: int = 2, **sizes) -> None:
