@@ -28,6 +28,7 @@ EMULATED = [variant_for("sm90", "forward", dtype, d, "bounded") for dtype, d in 
 EMULATED += [variant_for("sm90", "forward", dtype, 64, "running_max") for dtype in ("float16", "bfloat16")]
 BIASED = [("bfloat16", 64), ("float16", 128), ("bfloat16", 128)]
 EMULATED += [variant_for("sm90", "forward", *kind, "bias") for kind in BIASED]
+EMULATED += [variant_for("sm90", "forward", *kind, "toeplitz") for kind in BIASED]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,31 @@ def test_bias_that_hides(dtype, d, wide):
     bias[1, :, 300:] = 1e4  # hidden from many queries
     bias[1, 120:, ::2] = -math.inf
     assert_forward_close(replace(inputs, attn_bias=bias))
+
+
+@pytest.mark.parametrize(("dtype", "d"), BIASED)
+@pytest.mark.parametrize("form", ["alibi", "relative"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "kv_heads": 1, "nk": 301},
+        {"mask": True, "nq": 270, "nk": 199},
+        {"scale": "head", "nk": 1},
+        {"nk": 2100, "nq": 200},
+    ],
+    ids=str,
+)
+def test_bias_by_its_diagonals(dtype, d, form, options):
+    sizes = {"nq": 140, "nk": 270, "d": d} | options
+    assert_forward_close(make_inputs((2,), 2, dtype=getattr(torch, dtype), bias=form, **sizes))
+
+
+def test_extreme_diagonals():
+    x = make_inputs((1,), 2, nq=140, nk=270, d=64, dtype=torch.bfloat16, bias="relative")
+    x.attn_bias[:, ::3] = -math.inf
+    x.attn_bias[:, 1::3] *= 1e4
+    assert_forward_close(x)
 
 
 def assert_forward_close(inputs: Inputs, poison: bool = False) -> None:

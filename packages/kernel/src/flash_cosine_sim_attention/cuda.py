@@ -190,8 +190,6 @@ def _sm90_drawback(pass_name: str, problem: Problem, width: int) -> str | None:
     form = sm90_bias_form(problem) if pass_name == "forward" else None
     if pass_name == "forward" and problem.bias is not None and width <= 32:
         return f"the sm90 forward has no tiles of its own for a bias and head dim {width}"
-    if pass_name == "forward" and problem.toeplitz:
-        return "the sm90 forward with a bias by its diagonals has not been measured"
     if form == "copied":
         return "the sm90 forward would copy a bias that few rows share"
     return None

@@ -39,7 +39,7 @@ TABLE = (
     Row("sm80", "forward", ("tf32",), HEAD_DIMS, ("running_max", "toeplitz")),
     Row("sm80", "backward", (*HALF, "tf32"), HEAD_DIMS, ("plain", "bias", "toeplitz")),
     Row("sm80", "backward", ("float32",), HEAD_DIMS[:4], ("plain", "bias", "toeplitz")),
-    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max", "bias")),
+    Row("sm90", "forward", HALF, HEAD_DIMS[1:], ("bounded", "running_max", "bias", "toeplitz")),
     Row("sm90", "forward", HALF, HEAD_DIMS[:1], ("pair",)),
     Row("sm90", "backward", HALF, (64, 128), ("plain",)),
 )
@@ -84,6 +84,9 @@ ALLOWED_SPILLS: dict[str, int] = {
     # block of queries; with a bias a few loads a tile.
     "sm90_forward_d256_running_max": 64,
     "sm90_forward_d256_bias": 192,
+    "sm90_forward_d64_toeplitz": 64,
+    "sm90_forward_d192_toeplitz": 128,
+    "sm90_forward_d256_toeplitz": 192,
     # Once a block of keys: sizes of the call that its loop keeps (docs/decisions.md). In the loop
     # over queries a handful of loads. The largest figure is of the kernel in order (d 64), and without dQ (d 128).
     "sm90_backward_d64_plain": 448,

@@ -175,24 +175,56 @@ class BiasReader<DiagonalTile<kRows, kCols>> {
   }
 };
 
+// The biases of one tile as a thread sees them; kHeld: 16-bit ones, read once, and kept in registers as they are.
+template <class Tile, bool kHeld>
+struct BiasView {
+  const BiasReader<Tile>& reader;
+  const Tile& tile;
+  uint32_t words[kHeld ? Tile::kCols / 16 : 1][2][2];
+
+  __device__ __forceinline__ BiasView(const BiasReader<Tile>& reader_, const Tile& tile_) : reader(reader_), tile(tile_) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int step = 0; step < Tile::kCols / 16; ++step) reader.load(words[step], tile, step);
+    }
+  }
+
+  __device__ __forceinline__ void load(uint32_t (&pairs)[2][2], int step) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i / 2][i % 2] = words[step][i / 2][i % 2];
+    } else {
+      reader.load(pairs, tile, step);
+    }
+  }
+
+  __device__ __forceinline__ void load(float2 (&pairs)[2][2], int step) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i / 2][i % 2] = unpack<typename Tile::Value>(words[step][i / 2][i % 2]);
+    } else {
+      reader.load(pairs, tile, step);
+    }
+  }
+};
+
 template <class Tile>
 constexpr bool kIsDiagonals = false;
 template <int kRows, int kCols>
 constexpr bool kIsDiagonals<DiagonalTile<kRows, kCols>> = true;
 
 // The largest bias of each of the thread's two rows, among its own columns; kMasked: of the visible ones.
-template <bool kMasked, class Tile, class Visible>
-__device__ __forceinline__ void largest_bias(float (&maximum)[2], const BiasReader<Tile>& reader, const Tile& tile,
-                                             const Visible& visible) {
+template <bool kMasked, class Tile, bool kHeld, class Visible>
+__device__ __forceinline__ void largest_bias(float (&maximum)[2], const BiasView<Tile, kHeld>& bias, const Visible& visible) {
   using Value = typename Tile::Value;
   maximum[0] = maximum[1] = -INFINITY;
   if constexpr (!kMasked && kIsDiagonals<Tile>) {
-    reader.largest(maximum, tile);
+    bias.reader.largest(maximum, bias.tile);
   } else if constexpr (kMasked || sizeof(Value) == 4) {
 #pragma unroll
     for (int step = 0; step < Tile::kCols / 16; ++step) {
       float2 pairs[2][2];
-      reader.load(pairs, tile, step);
+      bias.load(pairs, step);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int n = i / 2, half = i % 2, key = step * 16 + n * 8;
@@ -205,7 +237,7 @@ __device__ __forceinline__ void largest_bias(float (&maximum)[2], const BiasRead
 #pragma unroll
     for (int step = 0; step < Tile::kCols / 16; ++step) {
       uint32_t words[2][2];
-      reader.load(words, tile, step);
+      bias.load(words, step);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (step == 0) largest[half] = words[0][half];
@@ -226,15 +258,14 @@ __device__ __forceinline__ void largest_bias(float (&maximum)[2], const BiasRead
 template <class Traits, bool kMasked, class Visible>
 __device__ __forceinline__ void exponentiate_with_bias(float (&s)[Traits::kPartN / 2], float (&sum)[2], const float* k_factor,
                                                        const float (&q_factor)[2], const float (&subtrahend)[2],
-                                                       const BiasReader<typename Traits::BiasTile>& reader,
-                                                       const typename Traits::BiasTile& tile, int column, int first,
+                                                       const typename Traits::BiasView& view, int column, int first,
                                                        const Visible& visible) {
 #pragma unroll
   for (int step = 0; step < Traits::kPartN / 16; ++step) {
     const float4 factors = *reinterpret_cast<const float4*>(k_factor + step * 16 + column * 2);  // factor_slot()
     const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
     float2 pairs[2][2];
-    reader.load(pairs, tile, first / 16 + step);
+    view.load(pairs, first / 16 + step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = i / 2, half = i % 2;
@@ -253,15 +284,15 @@ __device__ __forceinline__ void exponentiate_with_bias(float (&s)[Traits::kPartN
 // S of a tile -> logits in place, natural units, -inf where hidden, and the largest of each row among the thread's columns.
 template <class Traits, bool kMasked, class Visible>
 __device__ __forceinline__ void add_bias(float (&s)[Traits::kBlockN / 2], float (&maximum)[2], const float* k_factor,
-                                         const float (&q_factor)[2], const BiasReader<typename Traits::BiasTile>& reader,
-                                         const typename Traits::BiasTile& tile, int column, const Visible& visible) {
+                                         const float (&q_factor)[2], const typename Traits::BiasView& view, int column,
+                                         const Visible& visible) {
   maximum[0] = maximum[1] = -INFINITY;
 #pragma unroll
   for (int step = 0; step < Traits::kBlockN / 16; ++step) {
     const float4 factors = *reinterpret_cast<const float4*>(k_factor + step * 16 + column * 2);  // factor_slot()
     const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
     float2 pairs[2][2];
-    reader.load(pairs, tile, step);
+    view.load(pairs, step);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = i / 2, half = i % 2;

@@ -259,9 +259,9 @@ struct Accumulators {
 // The shifts of the rows, from the biases of a tile whose S may still be under way.
 template <class Traits, bool kMasked>
 __device__ __forceinline__ void follow_bias(Accumulators<Traits>& acc, const RowFactors<Traits>& rows,
-                                            const typename Traits::BiasTile& bias, const VisiblePairs<Traits>& visible) {
+                                            const typename Traits::BiasView& bias, const VisiblePairs<Traits>& visible) {
   float maximum[2];
-  largest_bias<kMasked>(maximum, rows.bias, bias, visible);
+  largest_bias<kMasked>(maximum, bias, visible);
 #pragma unroll
   for (int half = 0; half < 2; ++half) maximum[half] *= kLog2e;
   acc.maximum.raise(maximum);
@@ -272,15 +272,15 @@ __device__ __forceinline__ void follow_bias(Accumulators<Traits>& acc, const Row
 // S of one part of a tile -> P in place, and the sums.
 template <class Traits, bool kMasked>
 __device__ __forceinline__ void exponentiate_with_bias(Accumulators<Traits>& acc, int part, const float* k_factor,
-                                                       const RowFactors<Traits>& rows, const typename Traits::BiasTile& bias,
-                                                       int column, const VisiblePairs<Traits>& visible) {
+                                                       const RowFactors<Traits>& rows, const typename Traits::BiasView& bias, int column,
+                                                       const VisiblePairs<Traits>& visible) {
   if constexpr (Traits::kSoftmax == Softmax::kBounded) {
     const float subtrahend[2] = {acc.maximum.subtrahend(0), acc.maximum.subtrahend(1)};
-    exponentiate_with_bias<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, subtrahend, rows.bias, bias, column,
+    exponentiate_with_bias<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, subtrahend, bias, column,
                                             part * Traits::kPartN, visible);
   } else {
     float maximum[2];
-    add_bias<Traits, kMasked>(acc.s[part], maximum, k_factor, rows.q_factor, rows.bias, bias, column, visible);
+    add_bias<Traits, kMasked>(acc.s[part], maximum, k_factor, rows.q_factor, bias, column, visible);
 #pragma unroll
     for (int half = 0; half < 2; ++half) maximum[half] *= kLog2e;
     acc.maximum.raise(maximum);
@@ -294,8 +294,25 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
                                                   const ConsumerThread& thread, const RowFactors<Traits>& rows,
                                                   const ConsumerState<Traits>& state, const KeyTileView<Traits>& tile) {
   const VisiblePairs<Traits> visible(rows.limit, tile.first_key, tile.visible, thread.column);
-  if constexpr (Traits::kBias && Traits::kSoftmax == Softmax::kBounded) {
-    follow_bias<Traits, kMasked>(acc, rows, smem.bias[state.ring.stage], visible);
+  if constexpr (Traits::kBias) {
+    const typename Traits::BiasView bias(rows.bias, smem.bias[state.ring.stage]);
+    if constexpr (Traits::kSoftmax == Softmax::kBounded) follow_bias<Traits, kMasked>(acc, rows, bias, visible);
+#pragma unroll
+    for (int part = 0; part < Traits::kParts; ++part) {
+      if (part == Traits::kParts - 1) {
+        wgmma_wait<kBehind>();
+      } else {
+        wgmma_wait<kBehind + 1>();
+      }
+      wgmma_pin(acc.s[part]);
+      const float* k_factor = smem.k_factor[state.factors.stage] + part * Traits::kPartN;
+      exponentiate_with_bias<Traits, kMasked>(acc, part, k_factor, rows, bias, thread.column, visible);
+      __syncwarp();
+      // Sums are never of these bits: that ties the release, and with it the wait for O, to behind the exponentials.
+      const bool is_read = (__float_as_uint(acc.sum[0]) | __float_as_uint(acc.sum[1])) != 0xffffffffu;
+      if (part == Traits::kParts - 1 && thread.releases && is_read) arrive(smem.empty_k[state.ring.stage]);
+    }
+    return;
   }
 #pragma unroll
   for (int part = 0; part < Traits::kParts; ++part) {
@@ -306,16 +323,10 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
     }
     wgmma_pin(acc.s[part]);
     const bool last_part = part == Traits::kParts - 1;
-    if (!Traits::kBias && last_part && thread.releases) arrive(smem.empty_k[state.ring.stage]);
+    if (last_part && thread.releases) arrive(smem.empty_k[state.ring.stage]);
     const int first = part * Traits::kPartN;
     const float* k_factor = smem.k_factor[state.factors.stage] + first;
-    if constexpr (Traits::kBias) {
-      exponentiate_with_bias<Traits, kMasked>(acc, part, k_factor, rows, smem.bias[state.ring.stage], thread.column, visible);
-      __syncwarp();
-      // Sums are never of these bits: they tie the release, and with it the wait for O, to behind the exponentials.
-      const bool is_read = (__float_as_uint(acc.sum[0]) | __float_as_uint(acc.sum[1])) != 0xffffffffu;
-      if (last_part && thread.releases && is_read) arrive(smem.empty_k[state.ring.stage]);
-    } else if constexpr (Traits::kSoftmax == Softmax::kBounded) {
+    if constexpr (Traits::kSoftmax == Softmax::kBounded) {
       exponentiate<Traits, kMasked>(acc.s[part], acc.sum, k_factor, rows.q_factor, rows.shift, thread.column, first, visible);
     } else {
       acc.maximum.template follow<Traits, kMasked>(acc.s[part], k_factor, rows.q_factor, thread.column, visible);
