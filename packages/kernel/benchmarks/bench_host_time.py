@@ -54,19 +54,21 @@ def _binding_library() -> Path:
     return cache.ensure([target], find_toolchain())[target.name]
 
 
-def microseconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    """Median over rounds of the time a call takes on the host."""
-    for _ in range(20):
-        call()
-    times = []
-    for _ in range(ROUNDS):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
+def microseconds(timed: dict[str, Callable[[], object]], synchronize: Callable[[], None]) -> dict[str, list[float]]:
+    """Of each round the time a call takes on the host, by name. The calls take turns: a busy moment meets them alike."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for call in timed.values():
+        for _ in range(20):
             call()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-        synchronize()
-    return statistics.median(times)
+    for _ in range(ROUNDS):
+        for name, call in timed.items():
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+    synchronize()
+    return times
 
 
 def calls(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -118,10 +120,10 @@ def main() -> None:
         serve_with_nothing()
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     where = torch.cuda.get_device_name() if device == "cuda" else "host memory, launchers that do nothing"
-    print(f"us a call on the host; {where}; torch {torch.__version__}")
+    print(f"us a call on the host, median and least of {ROUNDS} rounds; {where}; torch {torch.__version__}")
     timed = calls(device, torch.bfloat16)
-    for name, call in timed.items():
-        print(f"{name:26} {microseconds(call, synchronize):7.1f}")
+    for name, times in microseconds(timed, synchronize).items():
+        print(f"{name:26} {statistics.median(times):7.1f} {min(times):7.1f}")
     if options.profile:
         for name in ("forward", "forward + backward"):
             print(f"\n{name}:")
