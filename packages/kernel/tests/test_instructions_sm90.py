@@ -74,6 +74,15 @@ def test_result_as_operand_by_stmatrix(library, device, transposed):
     close(d, (a.double() @ b.T.double()) @ b[:, :32].double(), 2e-2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product_of_tiles_with_short_rows(library, device, transposed):
+    a = torch.randn(64, 64 if transposed else 32).to(device, torch.bfloat16)
+    b = torch.randn(64 if transposed else 32, 32).to(device, torch.bfloat16)
+    d = torch.full((64, 32), float("nan"), device=device)
+    call(library.run_narrow, transposed, a, b, d)
+    close(d, a.T.double() @ b.double() if transposed else a.double() @ b.T.double())
+
+
 def test_bulk_load_and_reduction(library, device):
     x, sums = torch.randn(5 * 256, device=device), torch.randn(5 * 256, device=device)
     expected = sums.double() + 2 * x.double()

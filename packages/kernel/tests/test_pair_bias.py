@@ -3,6 +3,7 @@ form: the public function on the CPU and on the GPU, and the sm80 kernels' own s
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 
@@ -159,11 +160,15 @@ def emulated(tmp_path_factory, tools_with_binding):
 
 
 class TestEmulated:
-    @pytest.fixture(autouse=True)
-    def _kernels_on_the_cpu(self, emulated, serve_on_the_cpu, monkeypatch):
+    @pytest.fixture(autouse=True, params=["Ampere", "Hopper"])
+    def _kernels_on_the_cpu(self, request, emulated, serve_on_the_cpu, monkeypatch):
+        """On a Hopper parts of the sm80 backward run by Hopper's own instructions."""
         monkeypatch.setattr(bias_plan, "MIN_SHARERS_GENERAL", 4)  # repacked for few rows too
-
+        library = ctypes.CDLL(str(emulated))
+        library.emulate_hopper(request.param == "Hopper")
         serve_on_the_cpu(launchers_of(emulated))
+        yield
+        library.emulate_hopper(False)
 
     @pytest.mark.parametrize("form", FORMS)
     def test_forms(self, form):

@@ -235,16 +235,23 @@ cudaError_t take_error() { return std::exchange(last_error, cudaSuccess); }
 extern "C" {
 
 static int shared_memory_limit = emulator::kSharedBytes;
+static int current_device = 0;  // 0: an Ampere, 1: a Hopper
 
 void emulate_shared_memory_limit(int bytes) { shared_memory_limit = bytes; }
+void emulate_hopper(bool is_hopper) { current_device = is_hopper ? 1 : 0; }
 void emulate_seed(int seed) { emulator::random_source.seed(seed); }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : shared_memory_limit;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  attributes->binaryVersion = attributes->ptxVersion = current_device == 1 ? 90 : 80;
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {

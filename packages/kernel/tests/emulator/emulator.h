@@ -192,6 +192,11 @@ inline void __threadfence_block() {}
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
+template <class... Arguments>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Arguments...)) {
+  return cudaFuncGetAttributes(attributes, static_cast<const void*>(nullptr));
+}
+
 template <class Function>
 cudaError_t emulated_attribute(Function, cudaFuncAttribute, int) {
   return cudaSuccess;

@@ -173,26 +173,33 @@ CUresult encode(CUtensorMap* target, CUtensorMapDataType type, cuuint32_t rank, 
 
 // ---- products ----
 
-// Where one of 16-bit values lies that a descriptor with a 128-byte swizzle names. row: the one of M or N.
+// Where one of 16-bit values lies that a descriptor names, in rows of 128 or 64 bytes swizzled over as many. row: the one of M
+// or N.
+uint32_t operand_row_bytes(uint64_t descriptor) { return descriptor >> 62 == 2 ? 64 : 128; }
+
 uint32_t operand_address(uint64_t descriptor, bool transposed, int row, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
-  const uint32_t eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+  const uint32_t eight_rows = (descriptor >> 32 & 0x3fff) << 4, row_bytes = operand_row_bytes(descriptor);
+  const int columns = row_bytes / 2;
   uint32_t address;
-  if (transposed) {  // rows of 64 values of M or N, one a k
-    const int column = start % 128 / 2 + row;
-    address = start / 128 * 128 + column / 64 * leading + k / 8 * eight_rows + k % 8 * 128 + column % 64 * 2;
+  if (transposed) {  // rows of values of M or N, one a k
+    const int column = start % row_bytes / 2 + row;
+    address = start / row_bytes * row_bytes + column / columns * leading + k / 8 * eight_rows + k % 8 * row_bytes +
+              column % columns * 2;
   } else {
-    address = start + row / 8 * eight_rows + row % 8 * 128 + k * 2;
+    address = start + row / 8 * eight_rows + row % 8 * row_bytes + k * 2;
   }
-  return address ^ (address >> 7 & 7) << 4;
+  return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
 }
 
 void check_descriptor(uint64_t descriptor, bool transposed, int rows) {
-  const uint32_t start = (descriptor & 0x3fff) << 4;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("wgmma: a descriptor other than of a 128-byte swizzle");
-  if (start % 1024 >= 128) fail("wgmma: an operand that does not start at a row 0 of eight swizzled ones");
-  const bool leaves_row = transposed ? start % 128 != 0 && start % 128 + rows * 2 > 128 : start % 128 + 32 > 128;
-  if (leaves_row) fail("wgmma: an operand that leaves its 128-byte row");
+  const uint32_t start = (descriptor & 0x3fff) << 4, row_bytes = operand_row_bytes(descriptor);
+  const bool known = descriptor >> 62 == 1 || descriptor >> 62 == 2;
+  if (!known || (descriptor >> 49 & 7) != 0) fail("wgmma: a descriptor other than of a 128-byte or 64-byte swizzle");
+  if (start % (8 * row_bytes) >= row_bytes) fail("wgmma: an operand that does not start at a row 0 of eight swizzled ones");
+  const bool leaves_row = transposed ? start % row_bytes != 0 && start % row_bytes + rows * 2 > row_bytes
+                                     : start % row_bytes + 32 > row_bytes;
+  if (leaves_row) fail("wgmma: an operand that leaves its row");
   const uint32_t last = max(operand_address(descriptor, transposed, rows - 1, 15), start);
   if (last >= shared_bytes) fail("wgmma: an operand beyond shared memory");
 }

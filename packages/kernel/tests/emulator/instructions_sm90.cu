@@ -1,5 +1,7 @@
 // Small kernels that show what the instructions of sm90/ do; test_instructions_sm90.py runs them on a GPU and in the emulator.
+#include "sm80/smem_tile.cuh"
 #include "sm90/forward_producer.cuh"
+#include "sm90/narrow_tile.cuh"
 #include "sm90/wgmma.cuh"
 #include "common/vectorized.cuh"
 
@@ -203,6 +205,40 @@ cudaError_t chain(const void* a, const void* b, float* d) {
   return cudaGetLastError();
 }
 
+// D (64, 32) = A B of tiles with 64 bytes a row: A (64, 32) and B as (32, 32) rows of columns; or, transposed, as dq is made:
+// A as (64, 64), 128 bytes a row, and B (64, 32).
+template <bool kTransposed>
+__global__ void __launch_bounds__(128) narrow_kernel(float* d_out, const __nv_bfloat16* a, const __nv_bfloat16* b) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  using ATile = sm80::SmemTile<__nv_bfloat16, 64, kTransposed ? 64 : 32>;
+  using BTile = sm80::SmemTile<__nv_bfloat16, kTransposed ? 64 : 32, 32>;
+  ATile& a_tile = *reinterpret_cast<ATile*>(raw);
+  BTile& b_tile = *reinterpret_cast<BTile*>(raw + sizeof(ATile));
+  for (int i = threadIdx.x; i < ATile::kRows * ATile::kCols; i += 128) a_tile.at(i / ATile::kCols, i % ATile::kCols) = a[i];
+  for (int i = threadIdx.x; i < BTile::kRows * 32; i += 128) b_tile.at(i / 32, i % 32) = b[i];
+  fence_async_shared();
+  __syncthreads();
+  const uint32_t left = operand_address(sm80::ptx::smem_address(&a_tile)), right = operand_address(sm80::ptx::smem_address(&b_tile));
+  float d[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) d[i] = 0.0f;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < (kTransposed ? 4 : 2); ++step) {
+    if constexpr (kTransposed) {
+      wgmma_ss<__nv_bfloat16, true, true, true>(d, wide_descriptor(left + 16 * step * kWideRowStep),
+                                                narrow_descriptor(right + 16 * step * kNarrowRowStep));
+    } else {
+      wgmma_ss<__nv_bfloat16, true>(d, narrow_descriptor(left + step * kNarrowColumnStep),
+                                    narrow_descriptor(right + step * kNarrowColumnStep));
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_pin(d);
+  store<32>(d_out, d);
+}
+
 // sums[i] += 2 x[i] in chunks of kChunk floats: bulk load, a doubling by the second warp, bulk reduction; a warp for each end.
 constexpr int kChunk = 256;
 
@@ -266,6 +302,16 @@ FCSA_EXPORT run_product_and_sums(const void* a, const void* b, float* d) { retur
 
 FCSA_EXPORT run_chain(bool transposed, const void* a, const void* b, float* d) {
   return transposed ? fcsa::sm90::chain<true>(a, b, d) : fcsa::sm90::chain<false>(a, b, d);
+}
+
+FCSA_EXPORT run_narrow(bool transposed, const void* a, const void* b, float* d) {
+  const auto *left = static_cast<const __nv_bfloat16*>(a), *right = static_cast<const __nv_bfloat16*>(b);
+  if (transposed) {
+    fcsa::sm90::narrow_kernel<true><<<1, 128, 16384, 0>>>(d, left, right);
+  } else {
+    fcsa::sm90::narrow_kernel<false><<<1, 128, 16384, 0>>>(d, left, right);
+  }
+  return cudaGetLastError();
 }
 
 FCSA_EXPORT run_reduce(float* sums, const float* x, int chunks) {

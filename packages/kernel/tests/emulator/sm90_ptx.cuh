@@ -22,6 +22,14 @@ inline void load_box(void* smem, const CUtensorMap& map, const int32_t (&coordin
   emulator::load_box(smem, map, coordinates, &barrier);
 }
 inline void prefetch_map(const CUtensorMap&) {}
+inline void prefetch_line(const void* global) {
+  static volatile char sink;
+  sink = *static_cast<const char*>(global);  // it has to exist
+}
+inline void bulk_prefetch(const void* global, uint32_t bytes) {
+  prefetch_line(global);
+  prefetch_line(static_cast<const char*>(global) + bytes - 1);
+}
 inline void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   emulator::bulk_load(smem, global, bytes, &barrier);
 }
@@ -65,6 +73,7 @@ inline void load_matrix_x4_trans(uint32_t (&words)[4], const void* smem) {
 inline void store_matrix_x4(void* smem, const uint32_t (&words)[4]) {
   emulator::store_matrices(emulator::shared_address(smem), words, false);
 }
+inline void store_matrix_x4(uint32_t smem, const uint32_t (&words)[4]) { emulator::store_matrices(smem, words, false); }
 inline void store_matrix_x4_trans(void* smem, const uint32_t (&words)[4]) {
   emulator::store_matrices(emulator::shared_address(smem), words, true);
 }

@@ -37,6 +37,23 @@ inline cudaError_t multiprocessor_count(int* count) {
   return error;
 }
 
+// Whether what the current device runs of the kernel was compiled for Hopper's own instructions: a kernel of those is empty in
+// code for other GPUs, which a Hopper would take from their PTX.
+template <auto kKernel>
+bool is_compiled_for_hopper() {
+  static std::atomic<uint64_t> asked{0}, found{0};  // a bit a device
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const uint64_t bit = device < kRememberedDevices ? uint64_t{1} << device : 0;
+  if ((asked.load(std::memory_order_acquire) & bit) != 0) return (found.load(std::memory_order_relaxed) & bit) != 0;
+  cudaFuncAttributes attributes = {};
+  const bool is_hopper = cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess && attributes.binaryVersion == 90 &&
+                         attributes.ptxVersion == 90;
+  if (is_hopper) found.fetch_or(bit, std::memory_order_relaxed);
+  asked.fetch_or(bit, std::memory_order_release);
+  return is_hopper;
+}
+
 template <auto kKernel, class Params, class Parts>
 cudaError_t launch_blocks(const Params& p, const Parts& parts, int64_t blocks, int threads, int shared_bytes,
                           cudaStream_t stream) {

@@ -13,6 +13,8 @@
 #include "backward_ddiagonals.cuh"
 #include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
+#include "../sm90/narrow_dbias.cuh"
+#include "../sm90/pair_backward.cuh"
 #include "pair_backward.cuh"
 
 namespace fcsa::sm80 {
@@ -65,6 +67,28 @@ cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream)
 }
 
 template <class Traits>
+cudaError_t launch_dbias_for_device(const BackwardParams& p, cudaStream_t stream) {
+  if constexpr (Traits::kHeadDim == 32) {
+    bool is_served = false;
+    cudaError_t error;
+    if (Traits::kFloat || p.bias_is_float32) {
+      error = sm90::launch_narrow_dbias<Traits, float>(p, &is_served, stream);
+    } else {
+      error = sm90::launch_narrow_dbias<Traits, typename Traits::Element>(p, &is_served, stream);
+    }
+    if (is_served || error != cudaSuccess) return error;
+  }
+  return launch_dbias<Traits>(p, stream);
+}
+
+template <class Element, class BiasValue>
+cudaError_t launch_backward_pair_for_device(const BackwardParams& p, cudaStream_t stream) {
+  if (p.num_keys > pair::kMaxBackwardKeys) return cudaErrorInvalidValue;
+  return sm90::serves_backward_pair<Element, BiasValue>() ? sm90::launch_backward_pair<Element, BiasValue>(p, stream)
+                                                          : launch_backward_pair<Element, BiasValue>(p, stream);
+}
+
+template <class Traits>
 cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   using Block = ScoreBlock<Traits>;
   cudaError_t error = cudaSuccess;
@@ -77,9 +101,9 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (Traits::kHasBias && Traits::kHeadDim == pair::kHeadDim && !Traits::kFloat && !Traits::kToeplitz) {
     if (p.pair_kernels) {
       using Element = typename Traits::Element;
-      error =
-          p.bias_is_float32 ? launch_backward_pair<Element, float>(p, stream) : launch_backward_pair<Element, Element>(p, stream);
-      return error != cudaSuccess || p.dbias == nullptr ? error : launch_dbias<Traits>(p, stream);
+      error = p.bias_is_float32 ? launch_backward_pair_for_device<Element, float>(p, stream)
+                                : launch_backward_pair_for_device<Element, Element>(p, stream);
+      return error != cudaSuccess || p.dbias == nullptr ? error : launch_dbias_for_device<Traits>(p, stream);
     }
   }
   static_assert(sizeof(DqStorage<Traits>) <= kSmallSharedMemory);
@@ -97,7 +121,7 @@ cudaError_t launch_backward(const BackwardParams& p, cudaStream_t stream) {
   if constexpr (Traits::kToeplitz) {
     if (p.dbias != nullptr) return launch_ddiagonals<Traits>(p, stream);
   } else if constexpr (Traits::kHasBias) {
-    if (p.dbias != nullptr) return launch_dbias<Traits>(p, stream);
+    if (p.dbias != nullptr) return launch_dbias_for_device<Traits>(p, stream);
   }
   return cudaSuccess;
 }

@@ -18,7 +18,7 @@ struct DbiasStorage {
   using Operand = typename Config::Operand;
   using QueryTile = SmemTile<Operand, Config::kPlanes * Config::kQueries, Config::kHeadDim>;
   using KeyTile = SmemTile<Operand, Config::kPlanes * Config::kKeys, Config::kHeadDim>;
-  struct Stage {
+  struct alignas(Config::kStageAlignment) Stage {
     QueryTile q, dout;
     KeyTile k, v;
     float4 query_rows[Config::kQueries];
@@ -121,6 +121,7 @@ __device__ __forceinline__ void load_step(typename DbiasStorage<Config>::Stage& 
 // The share of one warp: 16 kM queries x 8 kN keys, in accumulator layout. Value: the type of the bias and of its gradient.
 template <class Config, class Value = float>
 class DbiasWarp {
+ protected:
   using Pair = std::conditional_t<sizeof(Value) == 4, float2, uint32_t>;
   using Operand = typename Config::Operand;
   using Storage = DbiasStorage<Config>;
@@ -131,8 +132,7 @@ class DbiasWarp {
   using KeyReader = ChunksReader<typename Storage::KeyTile>;
 
   const int lane_ = threadIdx.x % 32;
-  const int row0_ = threadIdx.x / 32 / Config::kKeyWarps * (16 * kM);
-  const int column0_ = threadIdx.x / 32 % Config::kKeyWarps * (8 * kN);
+  const int row0_ = Config::first_row(threadIdx.x / 32), column0_ = Config::first_column(threadIdx.x / 32);
   float sum_[kM][kN][4];
   Pair bias_[kM][kN][2];  // as they lie in memory: what takes half the registers leaves room for the rest
 
@@ -223,7 +223,7 @@ class DbiasWarp {
     }
   }
 
- private:
+ protected:
   // Without a branch, so that all loads are under way together. Beyond the last query or key others are read, whose P is 0.
   __device__ __forceinline__ void load_bias(const BackwardParams& p, const DbiasStep& owner) {
     const int64_t offset = owner.head.b0 * p.bias_b0 + owner.head.b1 * p.bias_b1 + owner.head.head * p.bias_head;
@@ -276,18 +276,18 @@ class DbiasWarp {
     }
   }
 
-  struct Rows {
+  struct RowValues {
     float score[kM][2], shift[kM][2], delta[kM][2];
   };
 
   // P (dP gradient + offset), less the factors of the row, is P' (dP + offset / gradient): of float32 the powers of two
   // that the operands carry go into the exponent of P'.
-  __device__ __forceinline__ Rows rows_of(const Stage& smem, const BackwardParams& p, const DbiasStep& step) const {
+  __device__ __forceinline__ RowValues rows_of(const Stage& smem, const BackwardParams& p, const DbiasStep& step) const {
     float factor = 1.0f;
     if constexpr (Config::kFloat) {
       factor = 1.0f / scales_of<Config>(p, kv_head_of(p, step.head)).ds / row_scale(p, step.head.head);
     }
-    Rows rows;
+    RowValues rows;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -305,7 +305,7 @@ class DbiasWarp {
   template <bool kHidden>
   __device__ __forceinline__ void add_visible(const Stage& smem, const BackwardParams& p, const DbiasStep& step,
                                               int query0, int key0) {
-    const Rows rows = rows_of(smem, p, step);
+    const RowValues rows = rows_of(smem, p, step);
     const QueryReader q(smem.q, row0_, 0), dout(smem.dout, row0_, 0);
     uint32_t held_q[Config::kHoldRows ? kSteps : 1][kPlanes * kM][4];
     uint32_t held_dout[Config::kHoldRows ? kSteps : 1][kPlanes * kM][4];
@@ -406,6 +406,20 @@ __device__ __forceinline__ void write_tile(const float* tile, const BackwardPara
   }
 }
 
+// The sums of a block of threads, to the workspace of the parts or to the gradient.
+template <class Config, class Warp>
+__device__ __forceinline__ void finish_dbias(const Warp& warp, DbiasStorage<Config>& storage, const BackwardParams& p,
+                                             const DbiasParts& parts, const DbiasOwner<Config>& owner) {
+  if (parts.count > 1) {
+    warp.store_part(reinterpret_cast<float4*>(p.dbias_parts) + blockIdx.x * (Config::kTileFloats / 4));
+    return;
+  }
+  __syncthreads();
+  warp.store_tile(storage.tile);
+  __syncthreads();
+  write_tile<Config>(storage.tile, p, owner);
+}
+
 // Of a part of the sharers; grid: tiles, then parts.
 template <class Config, class Value>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
@@ -446,14 +460,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     }
     ptx::cp_async_commit();
   }
-  if (parts.count > 1) {
-    warp.store_part(reinterpret_cast<float4*>(p.dbias_parts) + blockIdx.x * (Config::kTileFloats / 4));
-    return;
-  }
-  __syncthreads();
-  warp.store_tile(storage.tile);
-  __syncthreads();
-  write_tile<Config>(storage.tile, p, owner);
+  finish_dbias(warp, storage, p, parts, owner);
 }
 
 // Where few share a tile and there are many: a block takes one tile after the other, and the next tile's operands are on
@@ -550,16 +557,28 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
 }
 
+// Adds up the sums of the parts, where there are several.
+template <class Config>
+cudaError_t launch_dbias_sum(const BackwardParams& p, const DbiasParts& parts, cudaStream_t stream) {
+  const int64_t tiles = parts.tiles;
+  if (parts.count == 1) return cudaSuccess;
+  if (p.dbias_query == 0 || p.dbias_key == 0) {
+    return launch_blocks<backward_dbias_sum_kernel<Config>>(p, parts, tiles, Config::kThreads,
+                                                            sizeof(DbiasStorage<Config>::tile), stream);
+  }
+  return launch_blocks<backward_dbias_sum_fragments_kernel<Config>>(p, parts, tiles * Config::kM * Config::kN,
+                                                                    Config::kThreads, 0, stream);
+}
+
 template <class Config, class Value>
 cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
-  int device = 0, multiprocessors = 1;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int multiprocessors = 1;
+  cudaError_t error = multiprocessor_count(&multiprocessors);
   if (error != cudaSuccess) return error;
   const DbiasParts parts = dbias_parts<Config>(p, multiprocessors);
   if (parts.count == 0) return cudaErrorInvalidConfiguration;
   const int64_t tiles = parts.tiles;
-  constexpr int kBytes = sizeof(DbiasStorage<Config>), kTileBytes = sizeof(DbiasStorage<Config>::tile);
+  constexpr int kBytes = sizeof(DbiasStorage<Config>);
   if constexpr (Config::kStages == 2 && Config::kDepth > 32) {
     if (parts.count == 1 && p.dbias_query != 0 && p.dbias_key != 0) {
       const int64_t blocks = min(tiles, static_cast<int64_t>(multiprocessors) * Config::kMinBlocks);
@@ -567,12 +586,7 @@ cudaError_t launch_dbias_tiles(const BackwardParams& p, cudaStream_t stream) {
     }
   }
   error = launch_blocks<backward_dbias_kernel<Config, Value>>(p, parts, tiles * parts.count, Config::kThreads, kBytes, stream);
-  if (error != cudaSuccess || parts.count == 1) return error;
-  if (p.dbias_query == 0 || p.dbias_key == 0) {
-    return launch_blocks<backward_dbias_sum_kernel<Config>>(p, parts, tiles, Config::kThreads, kTileBytes, stream);
-  }
-  return launch_blocks<backward_dbias_sum_fragments_kernel<Config>>(p, parts, tiles * Config::kM * Config::kN,
-                                                                    Config::kThreads, 0, stream);
+  return error != cudaSuccess ? error : launch_dbias_sum<Config>(p, parts, stream);
 }
 
 template <class Config>

@@ -22,7 +22,11 @@ struct DbiasConfig : Traits {
   static constexpr int kThreads = kQueries / (16 * kM) * kKeyWarps * 32;
   static constexpr int kMinBlocks = 256 / kThreads;
   static constexpr int kTileFloats = kQueries * kKeys;
+  static constexpr int kStageAlignment = 128;
   static_assert(kKeys <= kThreads && kN % 4 == 0);
+
+  static __device__ __forceinline__ int first_row(int warp) { return warp / kKeyWarps * (16 * kM); }  // of the warp's
+  static __device__ __forceinline__ int first_column(int warp) { return warp % kKeyWarps * (8 * kN); }
 };
 
 // A dim that the bias has is one index of the grid; a dim that it is summed over is a range to walk.

@@ -76,12 +76,13 @@ struct RowChunks {
 
   __device__ __forceinline__ void load(const Element* source, int64_t stride, int first, int step, int rows, int column,
                                        int head_dim) {
+    const int end = column < head_dim ? rows : 0;
+    const Element* chunk = source + first * stride + column;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = first + i * step;
-      const bool valid = row < rows && column < head_dim;
-      raw[i] = *reinterpret_cast<const uint4*>(valid ? source + row * stride + column : source);
-      if (!valid) raw[i] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kCount; ++i) {  // loads with a predicate, no branches
+      raw[i] = make_uint4(0, 0, 0, 0);
+      if (first + i * step < end) raw[i] = *reinterpret_cast<const uint4*>(chunk);
+      chunk += step * stride;
     }
   }
 
@@ -100,9 +101,8 @@ __device__ __forceinline__ float largest_of(const float (&x)[8], float largest) 
   return largest;
 }
 
-// A row of q or k, eight columns of it in each of four lanes, into a tile of unit vectors times `factor`; -> 1 / its norm.
-__device__ __forceinline__ float store_unit(Tile<Unit>& tile, int row, int column, float (&x)[8], bool l2norm,
-                                            float factor) {
+// A row of q or k, eight columns of it in each of four lanes, as a unit vector times `factor`; -> 1 / its norm.
+__device__ __forceinline__ float store_unit(Unit* chunk, float (&x)[8], bool l2norm, float factor) {
   float squares = 0.0f;
 #pragma unroll
   for (int c = 0; c < 8; ++c) squares += x[c] * x[c];
@@ -110,8 +110,13 @@ __device__ __forceinline__ float store_unit(Tile<Unit>& tile, int row, int colum
   const float rnorm = l2norm ? fminf(rsqrtf(squares), 1e12f) : 1.0f;  // 1 / max(|x|, 1e-12) up to 2^-22
 #pragma unroll
   for (int c = 0; c < 8; ++c) x[c] *= rnorm * factor;
-  store8(tile.data + Tile<Unit>::chunk_offset(row, column / 8), x);
+  store8(chunk, x);
   return rnorm;
+}
+
+__device__ __forceinline__ float store_unit(Tile<Unit>& tile, int row, int column, float (&x)[8], bool l2norm,
+                                            float factor) {
+  return store_unit(tile.data + Tile<Unit>::chunk_offset(row, column / 8), x, l2norm, factor);
 }
 
 }  // namespace fcsa::sm80::pair

@@ -53,6 +53,16 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// Brings the line of 128 bytes around `global` to the L2 cache, some time.
+__device__ __forceinline__ void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
+
+// `bytes` contiguous bytes from there on, multiples of 16 both.
+__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
+}
+
 // `bytes` contiguous bytes to shared memory; they count at the barrier. Both addresses and bytes: multiples of 16.
 __device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t& barrier) {
   ptx::cp_async_bulk(ptx::space_cluster, ptx::space_global, smem, global, bytes, &barrier);
@@ -144,6 +154,13 @@ __device__ __forceinline__ void store_matrix_x4(void* smem, const uint32_t (&wor
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(smem))),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// The address as a number of shared memory.
+__device__ __forceinline__ void store_matrix_x4(uint32_t smem, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
                : "memory");
 }
 
