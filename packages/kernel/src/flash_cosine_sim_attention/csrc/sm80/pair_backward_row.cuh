@@ -4,7 +4,8 @@
 //   start     k, q -> unit vectors; v, dout; delta of every query: all in shared memory
 //   results   dq from tiles of floats, dk and dv from registers: through the norm, to device memory
 //
-// dS is multiplied as half, so P is held times a power of two that keeps |P (dP - delta)| below 2^15, or dout, where P is half too.
+// dS is multiplied as half, so P is held times a power of two that keeps |P (dP - delta)| below 2^15, or dout, where P is half
+// too.
 #pragma once
 
 #include "../common/backward_preprocess.cuh"

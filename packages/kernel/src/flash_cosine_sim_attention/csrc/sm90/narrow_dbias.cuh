@@ -40,7 +40,8 @@ class NarrowDbiasLoader {
   uint32_t target_;
 
  public:
-  __device__ __forceinline__ NarrowDbiasLoader(const BackwardParams& p, const sm80::DbiasStep& step, const sm80::DbiasRowStep& row) {
+  __device__ __forceinline__ NarrowDbiasLoader(const BackwardParams& p, const sm80::DbiasStep& step,
+                                               const sm80::DbiasRowStep& row) {
     const int query0 = step.head.tile * Config::kQueries, key0 = step.key_block * Config::kKeys;
     const TileIndex kv_head = kv_head_of(p, step.head);
     const int tensor = threadIdx.x / 128, own_row = threadIdx.x % 128 / 4, column = threadIdx.x % 4 * 8;
@@ -93,7 +94,8 @@ class NarrowDbiasLoader {
   }
 
  private:
-  __device__ __forceinline__ void load_key(Stage& smem, const BackwardParams& p, const uint8_t* mask, int key, int num_keys) const {
+  __device__ __forceinline__ void load_key(Stage& smem, const BackwardParams& p, const uint8_t* mask, int key,
+                                           int num_keys) const {
     const float* rnorm = reinterpret_cast<const float*>(extra_);
     const bool visible = key < num_keys && (mask == nullptr || mask[key * p.mask_key] != 0);
     const uint32_t bits = __ballot_sync(0xffffffffu, visible);
@@ -250,7 +252,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 template <class Traits>
 bool fits_loader(const BackwardParams& p, const sm80::DbiasRowStep& row) {
   const auto fits = [](int64_t elements) { return elements < (1 << 26) && elements > -(1 << 26); };
-  const bool rows_fit = fits(32 * p.q_strides.row) && fits(32 * p.dout_strides.row) && fits(32 * p.k_strides.row) && fits(32 * p.v_strides.row);
+  const bool rows_fit = fits(32 * p.q_strides.row) && fits(32 * p.dout_strides.row) && fits(32 * p.k_strides.row) &&
+                        fits(32 * p.v_strides.row);
   return rows_fit && fits(row.q) && fits(row.dout) && fits(row.k) && fits(row.v) && fits(row.query_row) && fits(row.k_rnorm);
 }
 

@@ -1,7 +1,7 @@
 // The backward of a pair bias (sm80/pair_backward_row.cuh) with Hopper's products: a warpgroup owns 64 kM keys and walks
 // over the queries.
 //
-//   32 queries, 64 keys   S^T = bias * log2(e) - lse + K Q^T | dP^T - delta = V dO^T      issued, then waited for one after the other
+//   32 queries, 64 keys   S^T = bias * log2(e) - lse + K Q^T | dP^T - delta = V dO^T      waited for one after the other
 //                         P^T = exp2(S^T)    dS^T = P^T (dP^T - delta) -> shared memory
 //                         dv += P^T dO | dk += dS^T Q                             run beside the next square's
 //   64 queries            dq = dS K over all keys, by the warpgroups in turn, while the others go on: dS has two tiles
@@ -45,7 +45,7 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   using BiasValue = typename Config::BiasValue;
   using Base::at_, Base::lane_, Base::warp_, Base::p_, Base::row_;
   using Base::inverse_ds_scale_, Base::key_factor_, Base::query_factor_, Base::scale_;
-  using Base::delta_quads, Base::elements, Base::k_rnorms, Base::q_rnorms, Base::scores, Base::shifts, Base::units, Base::visible_words;
+  using Base::delta_quads, Base::k_rnorms, Base::q_rnorms, Base::scores, Base::shifts, Base::units, Base::visible_words;
   using Base::kBlockQ, Base::kKeys, Base::kM, Base::kRowBytes, Base::kSteps;
   static constexpr int kWarpgroups = Config::kWarpgroups;
   static constexpr int kChunkQ = 32, kScoreRowBytes = kBlockQ * 2, kScoreTileBytes = kKeys * kScoreRowBytes;
@@ -231,7 +231,8 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   __device__ __forceinline__ static void multiply_rows(Scores& x, uint32_t keys, uint32_t queries) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma_ss<Operand, true>(x, narrow_descriptor(keys + step * kNarrowColumnStep), narrow_descriptor(queries + step * kNarrowColumnStep));
+      wgmma_ss<Operand, true>(x, narrow_descriptor(keys + step * kNarrowColumnStep),
+                              narrow_descriptor(queries + step * kNarrowColumnStep));
     }
   }
 
@@ -301,7 +302,8 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   // ---- results: 16 rows of a warp, of which a lane has eight columns each of row lane / 4 and of the one eight below ----
 
   // The gradient of x from that of its unit vector xn: factor rnorm (a - (a . xn) xn); units: xn times unit_factor.
-  __device__ __forceinline__ void project(Rows& a, const UnitRows& units, float unit_factor, const float* rnorms, float factor) {
+  __device__ __forceinline__ void project(Rows& a, const UnitRows& units, float unit_factor, const float* rnorms,
+                                          float factor) {
     const float inverse = fabsf(unit_factor) > 1e-30f ? sm80::ptx::reciprocal_approx(unit_factor) : 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -320,6 +322,10 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
         value = row_factor * (value - dot * x[c]);
       }
     }
+  }
+
+  __device__ __forceinline__ float inverse_of_powers() const {  // that q and dS are held times
+    return inverse_ds_scale_ * sm80::ptx::reciprocal_approx(key_factor_);
   }
 
   // Neighbouring lanes exchange, so that each stores four columns at a time.
@@ -352,7 +358,7 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
     if (p_.dq == nullptr) return;
     UnitRows x;
     load_units(x, units(at_.q), first_query);
-    project(dq, x, query_factor_, q_rnorms() + first_query, scale_ * (inverse_ds_scale_ * sm80::ptx::reciprocal_approx(key_factor_)));
+    project(dq, x, query_factor_, q_rnorms() + first_query, scale_ * inverse_of_powers());
     store_rows(dq, p_.dq, p_.dq_strides, first_query, p_.num_queries);
   }
 
@@ -362,7 +368,8 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
     for (int half = 0; half < 2; ++half) {
       const int query = first_query + lane_ / 4 + 8 * half;
       const bool exists = query < p_.num_queries;
-      const Element* q = static_cast<const Element*>(p_.q) + row_.offset(p_.q_strides) + (exists ? query : 0) * p_.q_strides.row;
+      const Element* q = static_cast<const Element*>(p_.q) + row_.offset(p_.q_strides);
+      if (exists) q += query * p_.q_strides.row;
       float product = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -373,7 +380,7 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
       }
       const float dot = lane_sum<4>(product) * q_rnorms()[query];
       if (exists && lane_ % 4 == 0) {
-        p_.dscale_rows[row_.first_row(p_.b1, p_.heads, p_.num_queries) + query] = dot * (inverse_ds_scale_ * sm80::ptx::reciprocal_approx(key_factor_));
+        p_.dscale_rows[row_.first_row(p_.b1, p_.heads, p_.num_queries) + query] = dot * inverse_of_powers();
       }
     }
   }
@@ -432,7 +439,8 @@ cudaError_t launch_backward_pair_kernel(const BackwardParams& p, cudaStream_t st
   int multiprocessors = 1;
   if (error == cudaSuccess) error = multiprocessor_count(&multiprocessors);
   if (error != cudaSuccess) return error;
-  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, bytes, stream>>>(p, rows, sm80::PackedBias(p, true), multiprocessors * Config::kMinBlocks);
+  const int ahead = multiprocessors * Config::kMinBlocks;
+  kKernel<<<static_cast<uint32_t>(blocks), Config::kThreads, bytes, stream>>>(p, rows, sm80::PackedBias(p, true), ahead);
   return cudaGetLastError();
 }
 
