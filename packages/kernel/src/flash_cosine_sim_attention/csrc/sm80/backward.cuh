@@ -66,16 +66,12 @@ cudaError_t launch_dkdv_for_device(const BackwardParams& p, cudaStream_t stream)
   return launch_dkdv<Large>(p, stream);
 }
 
+// On a Hopper float32's three products run by wgmma; of half precision the exponentials bound both kernels alike.
 template <class Traits>
 cudaError_t launch_dbias_for_device(const BackwardParams& p, cudaStream_t stream) {
-  if constexpr (Traits::kHeadDim == 32) {
+  if constexpr (Traits::kHeadDim == 32 && Traits::kPlanes == 2) {
     bool is_served = false;
-    cudaError_t error;
-    if (Traits::kFloat || p.bias_is_float32) {
-      error = sm90::launch_narrow_dbias<Traits, float>(p, &is_served, stream);
-    } else {
-      error = sm90::launch_narrow_dbias<Traits, typename Traits::Element>(p, &is_served, stream);
-    }
+    const cudaError_t error = sm90::launch_narrow_dbias<Traits, float>(p, &is_served, stream);
     if (is_served || error != cudaSuccess) return error;
   }
   return launch_dbias<Traits>(p, stream);

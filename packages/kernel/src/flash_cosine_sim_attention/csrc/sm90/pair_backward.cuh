@@ -1,7 +1,7 @@
-// The backward of a pair bias (sm80/pair_backward_row.cuh) with Hopper's products: a warpgroup owns 64 kM keys and walks
-// over the queries.
+// The backward of a pair bias (sm80/pair_backward_row.cuh) with Hopper's products: a warpgroup owns 64 kM keys, whose k and v
+// are operands in registers, and walks over the queries.
 //
-//   32 queries, 64 keys   S^T = bias * log2(e) - lse + K Q^T | dP^T - delta = V dO^T      waited for one after the other
+//   32 queries, 64 keys   S^T = bias * log2(e) - lse + K Q^T | dP^T - delta = V dO^T      issued, then waited for one after the other
 //                         P^T = exp2(S^T)    dS^T = P^T (dP^T - delta) -> shared memory
 //                         dv += P^T dO | dk += dS^T Q                             run beside the next square's
 //   64 queries            dq = dS K over all keys, by the warpgroups in turn, while the others go on: dS has two tiles
@@ -31,7 +31,7 @@ struct BackwardPairConfig {
   static constexpr int kScoreTiles = 2;
   static constexpr int kMinBlocks = kMinBlocks_;
   static constexpr bool kStagesResults = false;
-  static constexpr bool kKeepsV = true;  // k and v are operands in shared memory: registers would not suffice
+  static constexpr bool kKeepsV = kM > 1;  // an operand in shared memory: for that of two products there are not registers enough
 
   static __device__ __forceinline__ int first_key(int warp, int m) { return 64 * (warp / 4 * kM + m) + 16 * (warp % 4); }
 };
@@ -45,10 +45,12 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   using BiasValue = typename Config::BiasValue;
   using Base::at_, Base::lane_, Base::warp_, Base::p_, Base::row_;
   using Base::inverse_ds_scale_, Base::key_factor_, Base::query_factor_, Base::scale_;
-  using Base::delta_quads, Base::k_rnorms, Base::q_rnorms, Base::scores, Base::shifts, Base::units, Base::visible_words;
+  using Base::delta_quads, Base::elements, Base::k_rnorms, Base::q_rnorms, Base::scores, Base::shifts, Base::units;
+  using Base::visible_words;
   using Base::kBlockQ, Base::kKeys, Base::kM, Base::kRowBytes, Base::kSteps;
   static constexpr int kWarpgroups = Config::kWarpgroups;
   static constexpr int kChunkQ = 32, kScoreRowBytes = kBlockQ * 2, kScoreTileBytes = kKeys * kScoreRowBytes;
+  static constexpr int kHeldV = Config::kKeepsV ? 1 : kM;
   using Scores = float[kChunkQ / 2];
   using Operand = uint32_t[kChunkQ / 16][4];
   using Rows = float[kHeadDim / 2];          // accumulators of 64 rows of a gradient
@@ -74,6 +76,15 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   }
 
   __device__ __forceinline__ void run(const BiasValue* bias, const sm80::PackedBias& packed) {
+    uint32_t k[kM][kSteps][4], v[kHeldV][kSteps][4];
+    const sm80::RowsReader<UnitTile> k_reader(units(at_.k), Config::first_key(warp_, 0), 0);
+    const sm80::RowsReader<ElementTile> v_reader(elements(at_.v), Config::first_key(warp_, 0), 0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) k_reader.load(k[m][step], 64 * m, 2 * step);
+      if constexpr (!Config::kKeepsV) v_reader.load(v[0][step], 0, 2 * step);
+    }
     Rows dk[kM], dv[kM];
 #pragma unroll
     for (int i = 0; i < kM * kHeadDim / 2; ++i) dk[i % kM][i / kM] = dv[i % kM][i / kM] = 0.0f;
@@ -88,9 +99,8 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
       visible |= (visible_words()[key / 32] >> key % 32 & 0xffffu) << 16 * m;
     }
     const BiasRows bias_rows(bias, packed, warp_, lane_);
-    Bias next[2];  // of two products to come
-    next[0].load(bias_rows, 0, 0);
-    next[1].load(bias_rows, kM - 1, kM == 1);
+    Bias next;
+    next.load(bias_rows, 0, 0);
     Operand p_operand, ds_operand;
     const int blocks = ceil_div(p_.num_queries, kBlockQ), warpgroup = warp_ / 4;
 #pragma unroll 1
@@ -98,24 +108,22 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
       const int tile = block % 2;
       if (block >= 2 && (block - 2) % kWarpgroups != warpgroup) named_barrier_sync(kFree + tile, Config::kThreads);
       const int end = min(kBlockQ, p_.num_queries - block * kBlockQ);
-#pragma unroll kM == 1 ? 2 : 1
-      for (int query = 0; query < kBlockQ; query += kChunkQ) {
-        if (query >= end) break;
-        const int first = block * kBlockQ + query;
+#pragma unroll 1
+      for (int query = 0; query < end; query += kChunkQ) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          Bias& bias_of = next[kM == 1 ? query / kChunkQ : m];
+          const int chunk = (block * kBlockQ + query) / kChunkQ;
           Scores x, dp;
-          start(x, dp, bias_of, first);
-          bias_of.load(bias_rows, m, first / kChunkQ + 2 / kM);
-          multiply(x, dp, addresses, first, m);
-          wgmma_wait<1>();  // and the gradients of the product before: their operands are free
+          start(x, dp, next, block * kBlockQ + query);
+          next.load(bias_rows, (m + 1) % kM, chunk + (m + 1) / kM);
+          multiply(x, dp, k[m], v[Config::kKeepsV ? 0 : m], addresses, block * kBlockQ + query, m);
+          wgmma_wait<1>();  // and the gradients of the square before: their operands are free
           wgmma_pin(x);
           wgmma_keep(p_operand);
           wgmma_keep(ds_operand);
           differentiate(x, dp, p_operand, ds_operand, visible >> 16 * m);
           store_ds(addresses.scores + tile * kScoreTileBytes + 64 * m * kScoreRowBytes, query, ds_operand);
-          add_gradients(dk[m], dv[m], p_operand, ds_operand, addresses, first);
+          add_gradients(dk[m], dv[m], p_operand, ds_operand, addresses, block * kBlockQ + query);
         }
       }
       fence_async_shared();
@@ -124,7 +132,7 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
       } else {
         named_barrier_sync(kFull + tile, Config::kThreads);  // dS of all keys is there
         Rows dq;
-        multiply_ds(dq, addresses.ds + tile * (kScoreTileBytes / 16), addresses.all_k);
+        multiply_ds(dq, addresses.ds + tile * (kScoreTileBytes / 16), addresses.k);
         if (block + 2 < blocks) {
           named_barrier_arrive(kFree + tile, Config::kThreads);
           named_barrier_sync(kOwn + warpgroup, 128);  // its own warps may write the tile again, too
@@ -138,22 +146,21 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
       wgmma_pin(dk[m]);
       wgmma_pin(dv[m]);
       write_dv(dv[m], Config::first_key(warp_, m));
-      write_dk(dk[m], Config::first_key(warp_, m));
+      write_dk(dk[m], k[m], Config::first_key(warp_, m));
     }
   }
 
  private:
-  // Of query 0 and key 0, of k and v the warpgroup's first; where the warp's own keys lie in dS, as stmatrix wants it.
+  // Of query 0 and key 0, of v the warpgroup's first; where the warp's own keys lie in dS, as stmatrix wants it.
   struct Addresses {
-    uint32_t q, dout, k, v, all_k, ds;
+    uint32_t q, dout, k, v, ds;
     uint32_t scores;  // in bytes
 
     __device__ __forceinline__ explicit Addresses(const BackwardPairBlock& block) {
       const uint32_t smem = sm80::ptx::smem_address(block.smem_);
       const int warpgroup_key = block.warp_ / 4 * 64 * kM;
       q = operand_address(smem + block.at_.q), dout = operand_address(smem + block.at_.dout);
-      all_k = operand_address(smem + block.at_.k);
-      k = all_k + warpgroup_key * kNarrowRowStep;
+      k = operand_address(smem + block.at_.k);
       v = operand_address(smem + block.at_.v + warpgroup_key * kRowBytes);
       ds = operand_address(smem + block.at_.ds);
       scores = block.scores().chunk_address(Config::first_key(block.warp_, 0) + block.lane_ % 16, block.lane_ / 16);
@@ -217,23 +224,24 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
   }
 
   // S^T and dP^T of 64 keys and 32 queries, a group each.
-  __device__ __forceinline__ static void multiply(Scores& x, Scores& dp, const Addresses& addresses, int query, int m) {
-    const uint32_t keys = 64 * m * kNarrowRowStep, queries = query * kNarrowRowStep;
+  __device__ __forceinline__ static void multiply(Scores& x, Scores& dp, const uint32_t (&k)[kSteps][4],
+                                                  const uint32_t (&v)[kSteps][4], const Addresses& addresses, int query,
+                                                  int m) {
+    const uint32_t q = addresses.q + query * kNarrowRowStep, dout = addresses.dout + query * kNarrowRowStep;
     wgmma_fence();
-    multiply_rows<Unit>(x, addresses.k + keys, addresses.q + queries);
+    wgmma_rs<Unit, true>(x, k[0], narrow_descriptor(q));
+    wgmma_rs<Unit, true>(x, k[1], narrow_descriptor(q + kNarrowColumnStep));
     wgmma_commit();
     wgmma_fence();
-    multiply_rows<Element>(dp, addresses.v + keys, addresses.dout + queries);
-    wgmma_commit();
-  }
-
-  template <class Operand>
-  __device__ __forceinline__ static void multiply_rows(Scores& x, uint32_t keys, uint32_t queries) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      wgmma_ss<Operand, true>(x, narrow_descriptor(keys + step * kNarrowColumnStep),
-                              narrow_descriptor(queries + step * kNarrowColumnStep));
+    if constexpr (Config::kKeepsV) {
+      const uint32_t keys = addresses.v + 64 * m * kNarrowRowStep;
+      wgmma_ss<Element, true>(dp, narrow_descriptor(keys), narrow_descriptor(dout));
+      wgmma_ss<Element, true>(dp, narrow_descriptor(keys + kNarrowColumnStep), narrow_descriptor(dout + kNarrowColumnStep));
+    } else {
+      wgmma_rs<Element, true>(dp, v[0], narrow_descriptor(dout));
+      wgmma_rs<Element, true>(dp, v[1], narrow_descriptor(dout + kNarrowColumnStep));
     }
+    wgmma_commit();
   }
 
   __device__ __forceinline__ void differentiate(Scores& x, Scores& dp, Operand& p_operand, Operand& ds_operand,
@@ -347,17 +355,13 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
     }
   }
 
-  __device__ __forceinline__ static void load_units(UnitRows& x, const UnitTile& tile, int first_row) {
-    const sm80::RowsReader<UnitTile> reader(tile, first_row, 0);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) reader.load(x[step], 0, 2 * step);
-  }
-
   __device__ __forceinline__ void write_dq(Rows& dq, int first_query) {
     if (p_.dscale_rows != nullptr) write_dscale(dq, first_query);
     if (p_.dq == nullptr) return;
     UnitRows x;
-    load_units(x, units(at_.q), first_query);
+    const sm80::RowsReader<UnitTile> reader(units(at_.q), first_query, 0);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) reader.load(x[step], 0, 2 * step);
     project(dq, x, query_factor_, q_rnorms() + first_query, scale_ * inverse_of_powers());
     store_rows(dq, p_.dq, p_.dq_strides, first_query, p_.num_queries);
   }
@@ -393,10 +397,8 @@ class BackwardPairBlock : public sm80::pair::BackwardPairRow<Config> {
     store_rows(dv, p_.dv, p_.dv_strides, first_key, p_.num_keys);
   }
 
-  __device__ __forceinline__ void write_dk(Rows& dk, int first_key) {
+  __device__ __forceinline__ void write_dk(Rows& dk, const UnitRows& k, int first_key) {
     if (p_.dk == nullptr) return;
-    UnitRows k;
-    load_units(k, units(at_.k), first_key);
     const float factor = key_factor_ * inverse_ds_scale_ * (1.0f / kLog2e);  // scale / query_factor_, also where the scale is 0
     project(dk, k, key_factor_, k_rnorms() + first_key, factor);
     store_rows(dk, p_.dk, p_.dk_strides, first_key, p_.num_keys);
