@@ -22,6 +22,9 @@ struct NarrowDbiasConfig : sm80::DbiasConfig<Traits, false> {
   static constexpr int kThreads = 256, kMinBlocks = 1;
   static constexpr int kStages = kPlanes == 1 ? 4 : 3;
   static constexpr int kStageAlignment = 1024;
+
+  static __device__ __forceinline__ int first_row(int warp) { return 16 * warp; }
+  static __device__ __forceinline__ int first_column(int) { return 0; }
 };
 
 template <class Config, class Value>
