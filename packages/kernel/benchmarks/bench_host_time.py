@@ -55,7 +55,7 @@ def _binding_library() -> Path:
 
 
 def microseconds(timed: dict[str, Callable[[], object]], synchronize: Callable[[], None]) -> dict[str, list[float]]:
-    """Of each round the time a call takes on the host, by name. The calls take turns: a busy moment meets them alike."""
+    """Of each round the time a call takes on the host, by name. They take turns: a busy moment meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     for call in timed.values():
         for _ in range(20):
