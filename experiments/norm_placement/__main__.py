@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from ..shared.answer import Finals, arm_table, finals, interval, pair_table
-from ..shared.curves_plot import plot_curves, save
+from ..shared.curves_plot import plot_curves, rate_axis, save
 from ..shared.question import Question, main
 
 
@@ -26,9 +26,12 @@ def report(question: Question, content: dict[str, Any], out: Path) -> str:
 
 def plot_rates(path: Path, question: Question, results: Finals) -> None:
     """Bits per byte over the learning rate, a panel a placement; a run that diverged has no point."""
-    norms = list(dict.fromkeys(str(arm["norm"]) for arm in question.arms.values()))
-    figure, panels = plt.subplots(1, len(norms), figsize=(3.4 * len(norms), 4), sharey=True, layout="constrained")
-    for panel, norm in zip(panels, norms, strict=True):
+    norms = list(dict.fromkeys(str(arm["norm"]) for name, arm in question.arms.items() if name in results))
+    every = sorted({rate for found in results.values() for rate in found})
+    figure, panels = plt.subplots(
+        1, len(norms), figsize=(3.4 * len(norms), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, norm in zip(panels[0], norms, strict=True):
         for arm, differences in question.arms.items():
             if differences["norm"] != norm or arm not in results:
                 continue
@@ -36,11 +39,11 @@ def plot_rates(path: Path, question: Question, results: Finals) -> None:
             points = [interval(list(results[arm][rate].values())) for rate in rates]
             means, halves = zip(*points, strict=True)
             panel.errorbar(rates, means, yerr=halves, marker="o", capsize=3, label=differences["attention"])
-        panel.set(title=f"{norm}-norm", xscale="log", xlabel="learning rate")
-        panel.grid(alpha=0.3)
+        panel.set(title=f"{norm}-norm")
+        rate_axis(panel, every)
         if panel.get_legend_handles_labels()[0]:
             panel.legend()
-    panels[0].set_ylabel("held-out bits per byte")
+    panels[0, 0].set_ylabel("held-out bits per byte")
     save(figure, path)
 
 

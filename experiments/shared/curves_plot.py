@@ -47,6 +47,14 @@ def plot_curves(path: Path, content: Mapping[str, Any], arms: Sequence[str], ref
     save(figure, path)
 
 
+def rate_axis(axes: Axes, rates: Sequence[float]) -> None:
+    """A logarithmic x axis with a tick at each learning rate and nowhere else."""
+    axes.set(xscale="log", xlabel="learning rate")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
 def save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from ..shared.answer import finals, interval, pair_table
-from ..shared.curves_plot import save
+from ..shared.curves_plot import rate_axis, save
 from ..shared.metrics import table
 from ..shared.question import Question, main
 from ..shared.results_file import config_of
@@ -36,7 +36,7 @@ def report(question: Question, content: dict[str, Any], out: Path) -> str:
         rate_table(runs, bits),
         "Largest |logit| of any validation and seed.",
         rate_table(runs, lambda found: f"{max(map(largest_logit, found)):.0f}"),
-        "Norm of the gradient before clipping: the largest of any step, median over seeds.",
+        "Norm of the gradient before clipping: the largest of any step after the warmup, median over seeds.",
         rate_table(runs, lambda found: f"{median(map(largest_gradient, found)):.1f}"),
         "Steps that loss scaling left out (fp16), mean over seeds.",
         rate_table(
@@ -64,7 +64,8 @@ def largest_logit(run: Run) -> float:
 
 
 def largest_gradient(run: Run) -> float:
-    return max(run["curves"]["grad_norm_max"])
+    """After the first row, which holds the warmup."""
+    return max(run["curves"]["grad_norm_max"][1:], default=math.nan)
 
 
 def bits(runs: list[Run]) -> str:
@@ -88,7 +89,7 @@ def rate_table(runs: Runs, cell: Callable[[list[Run]], str]) -> str:
 
 
 def plot(path: Path, runs: Runs) -> None:
-    """Over the learning rate: bits per byte, the largest logit, the largest gradient."""
+    """Over the learning rate: bits per byte (8 for what was lost), the largest logit, the largest gradient."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     for arm, found in runs.items():
         kind, dtype = arm.split()
@@ -100,12 +101,12 @@ def plot(path: Path, runs: Runs) -> None:
             panels[0].plot([rate] * len(values), values, ".", color=COLORS[kind], markersize=3, alpha=0.5)
         panels[1].plot(rates, [max(map(largest_logit, found[rate])) for rate in rates], **style)
         panels[2].plot(rates, [median(map(largest_gradient, found[rate])) for rate in rates], **style)
-    titles = ("held-out bits per byte (8: not a number)", "largest |logit|", "largest gradient norm before clipping")
+    titles = ("held-out bits per byte", "largest |logit|", "largest gradient norm after the warmup, before clipping")
     for axes, title in zip(panels, titles, strict=True):
-        axes.set(xscale="log", xlabel="learning rate", title=title)
-        axes.grid(alpha=0.3)
-    for axes in panels[1:]:
-        axes.set_yscale("log")
+        axes.set_title(title)
+        rate_axis(axes, sorted({rate for found in runs.values() for rate in found}))
+    panels[1].set_yscale("log")
+    panels[2].set_ylim(bottom=0)
     panels[0].legend(fontsize=8)
     save(figure, path)
 
