@@ -300,7 +300,7 @@ def test_float32_beyond_the_split_halves_is_served_by_the_torch_path(host_launch
     if fused:
         assert automatic.launcher("forward", problem) is not None
         return
-    with pytest.warns(RuntimeWarning, match="float32 logits up to 128: above 100"):
+    with pytest.warns(RuntimeWarning, match="float32 logits up to 128: above 64"):
         assert automatic.launcher("forward", problem) is None
     assert automatic.launcher("backward", problem) is None
     assert cuda.FORCED["sm80"].launcher("forward", problem) is not None

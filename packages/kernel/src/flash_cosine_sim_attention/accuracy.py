@@ -60,6 +60,7 @@ class Setting:
     nk: int
     bias_numel: int
     bias_gain: float = 1.0  # largest derivative of a logit by a parameter of its bias
+    groups: int = 1  # logits reach scale * groups
 
 
 def rounding_floors(
@@ -70,7 +71,7 @@ def rounding_floors(
     Three sources, each counted twice: the exponent of P = exp(s - lse), the terms that cancel in dS, and the sums.
     """
     cancelled = _cancellation(dtype, setting, exact, dout, dlse)
-    relative = _eps(dtype) * (largest(exact["lse"]) + setting.scale + SUM_ROUNDINGS)
+    relative = _eps(dtype) * (largest(exact["lse"]) + setting.scale * setting.groups + SUM_ROUNDINGS)
     return {name: cancelled.get(name, 0.0) + relative * largest(x) for name, x in exact.items()}
 
 

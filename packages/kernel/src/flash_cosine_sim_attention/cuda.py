@@ -38,7 +38,7 @@ BOUND_WINDOW = {torch.float16: 10.4, torch.bfloat16: 70.0}
 probabilities are multiplied in, at a cosine of -1 in all keys as well (fp16: e^-9.7 to e^11.09). float32 is
 multiplied as halves, whose bits suffice only around each row's own maximum."""
 
-FLOAT32_BOUND = 100.0
+FLOAT32_BOUND = 64.0
 """The largest bound of the logits that float32 is multiplied in split halves for: they keep 22 bits of unit q and k,
 and an error of s is a relative error of P. Beyond it (16 groups at scale 8, say) eager float32 is twice as exact."""
 

@@ -295,7 +295,7 @@ def _setting(inputs: Inputs) -> Setting:
         numel = inputs.attn_bias.numel()
         if inputs.position_bias is not None:  # linear in its parameters
             gain = largest(inputs.position_bias(torch.ones_like(inputs.attn_bias)).diagonals(nq, nk))
-    return Setting(scale, norms[0], norms[1], largest_norm(inputs.v), nq, nk, numel, gain)
+    return Setting(scale, norms[0], norms[1], largest_norm(inputs.v), nq, nk, numel, gain, inputs.groups)
 
 
 def poison(*tensors: Tensor | None) -> None:
