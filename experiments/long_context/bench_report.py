@@ -39,13 +39,16 @@ def summary(run: dict[str, Any]) -> str:
         f"{meta['depth']} layers of width {meta['dim']}, {meta['heads']} heads, {meta['dtype']}"
     )
     rows = []
+    lengths = sorted({record["length"] for record in run["records"]})
     for arm in dict.fromkeys(record["arm"] for record in run["records"]):
-        mine = [record for record in run["records"] if record["arm"] == arm]
-        rows.append({"ms (peak GiB)": NAMES[arm], **{f"{record['length']:,}": _cell(record) for record in mine}})
+        mine = {record["length"]: record for record in run["records"] if record["arm"] == arm}
+        rows.append({"ms (peak GiB)": NAMES[arm], **{f"{length:,}": _cell(mine.get(length)) for length in lengths}})
     return f"{head}\n\n{table(rows)}"
 
 
-def _cell(record: Record) -> str:
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "-"
     if record["status"] != "ok":
         return "out of memory"
     return f"{record['ms']:.1f} ({record['peak_bytes'] / 2**30:.1f})"

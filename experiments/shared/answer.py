@@ -75,13 +75,17 @@ def arm_table(results: Finals, order: Sequence[str]) -> str:
 
 
 def pair_table(results: Finals, pairs: Sequence[tuple[str, str]]) -> str:
-    """Differences of the pairs, each arm at its best learning rate and, where there are several, at each."""
+    """Differences of the pairs, each arm at its best of the learning rates that both have and, of several, at each."""
     rates = sorted({rate for rates in results.values() for rate in rates})
     rows = []
     for one, other in pairs:
         if one not in results or other not in results:
             continue
-        best = paired(results[one][best_rate(results[one])], results[other][best_rate(results[other])])
+        first, second = (
+            {rate: results[arm][rate] for rate in rates if rate in results[one] and rate in results[other]}
+            for arm in (one, other)
+        )
+        best = paired(first[best_rate(first)], second[best_rate(second)]) if first else []
         row = {"difference, bits per byte": f"{one} - {other}", "each at its best lr": _difference(best)}
         if len(rates) > 1:
             for rate in rates:

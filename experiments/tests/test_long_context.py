@@ -10,7 +10,7 @@ import torch
 
 from experiments.long_context import __main__ as room
 from experiments.long_context import bench
-from experiments.long_context.bench_report import write_report
+from experiments.long_context.bench_report import summary, write_report
 from experiments.shared.attend import AttentionArm
 from experiments.shared.captured import Lane
 from experiments.shared.config import RunConfig
@@ -65,6 +65,14 @@ def test_what_ran_out_of_memory_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert write_report(tmp_path / "bench.json").count("out of memory") == 2
 
 
+def test_report_of_a_run_that_was_cut_off(tmp_path: Path):
+    assert bench.main([*TINY, "--lengths", "16", "32", "--arms", "kernel", "plain", "--out", str(tmp_path)]) == 0
+    run = json.loads((tmp_path / "bench.json").read_text())
+    run["records"].pop()
+    (tmp_path / "bench.json").write_text(json.dumps(run))
+    assert "| -" in write_report(tmp_path / "bench.json")
+
+
 @pytest.mark.parametrize("attention", ["regular", "cosine"])
 def test_the_probe_finds_the_largest_visible_logit(attention: str):
     config = RunConfig(attention=attention, scale=10.0)
@@ -80,5 +88,6 @@ def test_the_probe_finds_the_largest_visible_logit(attention: str):
 
 
 def test_report_of_the_results_in_git(tmp_path: Path):
+    assert "this kernel" in summary(json.loads((FOLDER / "bench.json").read_text()))
     for path in FOLDER.glob("results*.json"):
         assert report_of(load_question(FOLDER), [path], room.report, tmp_path).count("|") > 10
