@@ -29,7 +29,7 @@ def plot_rates(path: Path, question: Question, results: Finals) -> None:
     norms = list(dict.fromkeys(str(arm["norm"]) for name, arm in question.arms.items() if name in results))
     every = sorted({rate for found in results.values() for rate in found})
     figure, panels = plt.subplots(
-        1, len(norms), figsize=(3.4 * len(norms), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(norms), figsize=(3.4 * len(norms), 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for panel, norm in zip(panels[0], norms, strict=True):
         for arm, differences in question.arms.items():
