@@ -22,6 +22,15 @@ def test_the_first_signal_asks(number: signal.Signals):
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def _python_handles_sigint():
+    """It does not where the tests are a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_handles_sigint")
 def test_the_second_one_acts_at_once():
     with stop_requested() as should_stop:
         signal.raise_signal(signal.SIGINT)

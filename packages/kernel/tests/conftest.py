@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from flash_cosine_sim_attention import common_call, cuda, kernel_form, launchers
+from flash_cosine_sim_attention import common_call, cuda, cuda_launch, kernel_form, launchers
 from flash_cosine_sim_attention._build import BuildError, cache, toolchain
 from flash_cosine_sim_attention._build.spec import binding_target
 
@@ -60,7 +60,7 @@ def serve_on_the_cpu(monkeypatch):
         monkeypatch.setattr(launchers, "address", address)
         monkeypatch.setattr(cuda, "capability_of", lambda device: (9, 0) if arch == "sm90" else (8, 0))
         common_call.forget()
-        monkeypatch.setattr(cuda, "workspace", poisoned)
+        monkeypatch.setattr(cuda_launch, "workspace", poisoned)
         monkeypatch.setattr(kernel_form, "workspace", poisoned)
         monkeypatch.setitem(cuda.FORCED, arch, cuda.CudaKernels(arch))
 

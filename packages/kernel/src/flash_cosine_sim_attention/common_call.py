@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import backends, cuda, ops
+from . import backends, cuda, cuda_launch, ops
 from .kernel_form import has_rows
 from .problem import Problem
 
@@ -181,7 +181,7 @@ def _settle_backward(
     if launcher is None:
         return False
     which = DETERMINISTIC_BACKWARD if deterministic else BACKWARD
-    sizes = cuda.accumulator(launcher, problem, deterministic)
+    sizes = cuda_launch.accumulator(launcher, problem, deterministic)
     _remember(which, (q, k, v, mask, scale, causal, backend), launcher.address, launcher.head_dim, *sizes)
     return True
 

@@ -1,4 +1,4 @@
-"""The fused CUDA kernels as implementations of the operators: which kernel serves a call, its tensors, its launch.
+"""The fused CUDA kernels as implementations of the operators: which kernel serves a call, or why none does.
 
 What the kernels cannot serve is refused with a reason: an automatic choice then warns once and runs the chunked path,
 a forced backend raises ValueError. Nothing here reads the device or waits for it.
@@ -12,24 +12,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import chunked, launchers
 from ._build import BuildError
-from .bias_plan import PAIR_HEAD_DIM, BiasPlan, dbias_parts, pair_on_sm90, plan_bias, sm90_bias_form
-from .kernel_form import (
-    bias_with_rows,
-    kernel_bias,
-    kernel_width,
-    readable,
-    workspace,
-    writable,
-    writable_bias_gradient,
-    write_back,
-)
+from .bias_plan import pair_on_sm90, sm90_bias_form
+from .cuda_launch import Launcher, empty_backward, empty_forward, launch_backward, launch_forward
+from .kernel_form import kernel_width
 from .problem import Gradients, Outputs, Problem
 from .variants import TABLE, Variant, find_variant, variant_for, why_none
 
@@ -50,12 +41,6 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     return torch.cuda.get_device_capability(device)
-
-
-class Launcher(NamedTuple):
-    address: int
-    head_dim: int  # kHeadDim of the variant
-    arch: str
 
 
 def refusal(arch: str, capability: tuple[int, int] | None) -> str | None:
@@ -222,138 +207,3 @@ def _feature(pass_name: str, problem: Problem, arch: str = "sm80") -> str:
         return "bias" if pair_on_sm90(problem) is None else "pair"
     bounded = problem.bias is None and problem.bound <= BOUND_WINDOW.get(problem.q.dtype, -1.0)
     return "bounded" if bounded else "running_max"
-
-
-# ---- one pass each: bring the tensors into the kernels' form, launch, bring the results back ----
-
-
-def launch_forward(launcher: Launcher, problem: Problem, outputs: Outputs) -> None:
-    """Fills `outputs`. No size is 0."""
-    q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
-    width = kernel_width(q.shape[-1], v.shape[-1], groups)
-    q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
-    out = writable(outputs.out, width)
-    bias, on_sm90 = kernel_bias(problem.bias, q.dtype), launcher.arch == "sm90"
-    plan = BiasPlan(None, False) if on_sm90 else plan_bias(problem, "forward", launcher.head_dim)
-    if bias is not None and on_sm90 and not problem.toeplitz and launcher.head_dim > PAIR_HEAD_DIM:
-        bias = bias_with_rows(bias, k.shape[-2])  # the kernel for short rows that share a bias reads any
-    split = q.dtype == torch.float32  # multiplied as halves, from copies: of q, k (normalised on the way) and v
-    copies = split or (norm and groups > 1)
-    torch.ops.flash_cosine_sim_attention.launch_forward(
-        launcher.address,
-        q,
-        k,
-        v,
-        problem.mask,
-        bias,
-        None if problem.scale is None else problem.scale.contiguous(),
-        problem.scale_value,
-        problem.bound,
-        groups,
-        problem.causal,
-        norm,
-        problem.toeplitz,
-        out,
-        outputs.lse,
-        outputs.q_rnorm if norm else None,
-        outputs.k_rnorm if norm else None,
-        workspace(q, q.shape, q.dtype) if copies else None,
-        workspace(q, k.shape, q.dtype) if copies else None,
-        workspace(q, v.shape, q.dtype) if split else None,
-        workspace(q, v.shape[:3]) if split else None,
-        workspace(q, (1,)) if launcher.arch == "sm90" else None,
-        *plan,
-    )
-    write_back(out, outputs.out)
-
-
-def launch_backward(
-    launcher: Launcher, problem: Problem, outputs: Outputs, dout: Tensor, dlse: Tensor | None, gradients: Gradients
-) -> None:
-    """Fills what is not None of `gradients`. No size is 0."""
-    q, k, v, groups, norm = problem.q, problem.k, problem.v, problem.groups, problem.l2norm_qk
-    width = kernel_width(q.shape[-1], v.shape[-1], groups)
-    q, k, v = readable(q, groups, width), readable(k, groups, width), readable(v, 1, width)
-    bias = kernel_bias(problem.bias, q.dtype)
-    dbias = writable_bias_gradient(bias, gradients.dbias)
-    dq, dk, dv = (
-        None if gradient is None else writable(gradient, width)
-        for gradient in (gradients.dq, gradients.dk, gradients.dv)
-    )
-    dscale_rows = None if gradients.dscale is None else workspace(q, q.shape[:-1])
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    in_order = deterministic and launcher.arch == "sm90"  # additions to dq_accum; sm80 makes dq without them
-    accumulates = (dq is not None or dscale_rows is not None) and (in_order or not deterministic)
-    padded_rows = (*q.shape[:-2], -(-q.shape[-2] // 128) * 128)
-    # fp16 does not hold the factors of unusual norms that bf16 folds into dS: it has copies scaled by powers of two
-    split = q.dtype == torch.float32  # multiplied as halves, from copies of q, k, v and dout
-    plan = plan_bias(problem, "backward", launcher.head_dim)
-    if dlse is not None or (dq is None and dk is None and dv is None):
-        plan = BiasPlan(plan.packed, False)
-    accumulates = accumulates and not plan.pair
-    copies = split or (norm and not plan.pair and (groups > 1 or q.dtype == torch.float16))
-    torch.ops.flash_cosine_sim_attention.launch_backward(
-        launcher.address,
-        q,
-        k,
-        v,
-        problem.mask,
-        bias,
-        None if problem.scale is None else problem.scale.contiguous(),
-        problem.scale_value,
-        groups,
-        problem.causal,
-        norm,
-        problem.toeplitz,
-        readable(dout, 1, width),
-        None if dlse is None else dlse.to(torch.float32).contiguous(),
-        readable(outputs.out, 1, width),
-        outputs.lse.contiguous(),
-        outputs.q_rnorm.contiguous() if norm else None,
-        outputs.k_rnorm.contiguous() if norm else None,
-        dq,
-        dk,
-        dv,
-        dbias,
-        dscale_rows,
-        workspace(q, (*padded_rows, 4)),
-        workspace(q, (*padded_rows, launcher.head_dim)) if accumulates else None,
-        workspace(q, (*k.shape[:3], -(-k.shape[3] // 128), 2)) if accumulates and in_order else None,
-        workspace(q, q.shape, q.dtype) if copies else None,
-        workspace(q, k.shape, q.dtype) if copies else None,
-        workspace(q, v.shape, q.dtype) if split else None,
-        workspace(q, v.shape[:3]) if split else None,
-        workspace(q, q.shape, q.dtype) if split else None,
-        workspace(q, (2, *v.shape[:3])) if split else None,
-        dbias_parts(problem, dbias),
-        *plan,
-        deterministic,
-    )
-    write_back(dq, gradients.dq, groups)
-    write_back(dk, gradients.dk, groups)
-    write_back(dv, gradients.dv)
-    write_back(dbias, gradients.dbias)
-    if dscale_rows is not None:
-        torch.sum(dscale_rows, (0, 1, 3), out=gradients.dscale)
-
-
-def accumulator(launcher: Launcher, problem: Problem, deterministic: bool) -> tuple[int, int]:
-    """For how many heads dq_accum has room, and the size of dq_progress (csrc/params.h); 0 for none."""
-    (b0, b1, heads), (kv_heads, keys) = problem.q.shape[:3], problem.k.shape[2:4]
-    if not deterministic:
-        return b0 * b1 * heads, 0
-    return (b0 * b1 * heads, b0 * b1 * kv_heads * -(-keys // 128) * 2) if launcher.arch == "sm90" else (0, 0)
-
-
-def empty_forward(outputs: Outputs) -> None:
-    """No query, no key or no batch: an attention over nothing is 0."""
-    outputs.out.zero_()
-    outputs.lse.fill_(float("-inf"))
-    outputs.q_rnorm.zero_()  # read by nothing; never left as it came
-    outputs.k_rnorm.zero_()
-
-
-def empty_backward(gradients: Gradients) -> None:
-    for gradient in (gradients.dq, gradients.dk, gradients.dv, gradients.dbias, gradients.dscale):
-        if gradient is not None:
-            gradient.zero_()
