@@ -13,7 +13,7 @@ from .emulator.build import build
 
 VARIANT = variant_for("sm90", "forward", "bfloat16", 64, "bounded")
 OMISSIONS = {
-    "wait for the scores": "      wgmma_wait<kBehind>();\n",
+    "wait for the scores": "    wgmma_wait<kBehind>();\n",
     "wait for the values": "    if (!v_is_there) wait(smem.full_v[v.stage], v.phase);\n",
     "wait for a free slot": "      wait(smem.empty_k[stage], ring.phase ^ 1);\n",
     "release of a slot": "  if (thread.releases) arrive(smem.empty_v[previous.stage]);\n",

@@ -7,6 +7,7 @@
 
 #include "../common/softmax.cuh"
 #include "../common/vectorized.cuh"
+#include "key_factors.cuh"
 #include "ptx.cuh"
 #include "tensor_map.h"
 
@@ -262,8 +263,8 @@ __device__ __forceinline__ void exponentiate_with_bias(float (&s)[Traits::kPartN
                                                        const Visible& visible) {
 #pragma unroll
   for (int step = 0; step < Traits::kPartN / 16; ++step) {
-    const float4 factors = *reinterpret_cast<const float4*>(k_factor + step * 16 + column * 2);  // factor_slot()
-    const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+    float factor[2][2];
+    load_factors(factor, k_factor + step * 16, column);
     float2 pairs[2][2];
     view.load(pairs, first / 16 + step);
 #pragma unroll
@@ -289,8 +290,8 @@ __device__ __forceinline__ void add_bias(float (&s)[Traits::kBlockN / 2], float 
   maximum[0] = maximum[1] = -INFINITY;
 #pragma unroll
   for (int step = 0; step < Traits::kBlockN / 16; ++step) {
-    const float4 factors = *reinterpret_cast<const float4*>(k_factor + step * 16 + column * 2);  // factor_slot()
-    const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+    float factor[2][2];
+    load_factors(factor, k_factor + step * 16, column);
     float2 pairs[2][2];
     view.load(pairs, step);
 #pragma unroll

@@ -73,8 +73,8 @@ __device__ __forceinline__ void exponentiate(float (&s)[Traits::kPartN / 2], flo
                                              const VisiblePairs<Traits>& visible) {
 #pragma unroll
   for (int i = 0; i < Traits::kPartN / 8; i += 2) {
-    const float4 factors = *reinterpret_cast<const float4*>(k_factor + i * 8 + column * 2);  // factor_slot()
-    const float factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+    float factor[2][2];
+    load_factors(factor, k_factor + i * 8, column);
 #pragma unroll
     for (int next = 0; next < 2; ++next) {
 #pragma unroll
@@ -105,8 +105,8 @@ struct RunningMaximum {
     float maximum[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int i = 0; i < Traits::kBlockN / 8; i += 2) {
-      const float4 factors = *reinterpret_cast<const float4*>(k_factor + i * 8 + column * 2);  // factor_slot()
-      const float key_factor[2][2] = {{factors.x, factors.y}, {factors.z, factors.w}};
+      float key_factor[2][2];
+      load_factors(key_factor, k_factor + i * 8, column);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int next = e / 4, half = e / 2 % 2, c = e % 2;
@@ -288,6 +288,17 @@ __device__ __forceinline__ void exponentiate_with_bias(Accumulators<Traits>& acc
   }
 }
 
+// Until S of a part is there; kBehind: groups of wgmma that were issued behind S.
+template <class Traits, int kBehind>
+__device__ __forceinline__ void wait_for_scores(Accumulators<Traits>& acc, int part) {
+  if (part == Traits::kParts - 1) {
+    wgmma_wait<kBehind>();
+  } else {
+    wgmma_wait<kBehind + 1>();
+  }
+  wgmma_pin(acc.s[part]);
+}
+
 // S -> P of one tile, part by part as they get ready; kBehind: groups of wgmma that were issued behind S.
 template <class Traits, bool kMasked, int kBehind>
 __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, ForwardStorage<Traits>& smem,
@@ -299,12 +310,7 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
     if constexpr (Traits::kSoftmax == Softmax::kBounded) follow_bias<Traits, kMasked>(acc, rows, bias, visible);
 #pragma unroll
     for (int part = 0; part < Traits::kParts; ++part) {
-      if (part == Traits::kParts - 1) {
-        wgmma_wait<kBehind>();
-      } else {
-        wgmma_wait<kBehind + 1>();
-      }
-      wgmma_pin(acc.s[part]);
+      wait_for_scores<Traits, kBehind>(acc, part);
       const float* k_factor = smem.k_factor[state.factors.stage] + part * Traits::kPartN;
       exponentiate_with_bias<Traits, kMasked>(acc, part, k_factor, rows, bias, thread.column, visible);
       __syncwarp();
@@ -316,12 +322,7 @@ __device__ __forceinline__ void exponentiate_tile(Accumulators<Traits>& acc, For
   }
 #pragma unroll
   for (int part = 0; part < Traits::kParts; ++part) {
-    if (part == Traits::kParts - 1) {
-      wgmma_wait<kBehind>();
-    } else {
-      wgmma_wait<kBehind + 1>();
-    }
-    wgmma_pin(acc.s[part]);
+    wait_for_scores<Traits, kBehind>(acc, part);
     const bool last_part = part == Traits::kParts - 1;
     if (last_part && thread.releases) arrive(smem.empty_k[state.ring.stage]);
     const int first = part * Traits::kPartN;

@@ -3,14 +3,10 @@
 
 #include "../common/launch.cuh"
 #include "forward_traits.cuh"
+#include "key_factors.cuh"
 #include "load_tile.cuh"
 
 namespace fcsa::sm90 {
-
-// Where factor `key` of a tile lies: a thread of a consumer reads those of four columns, c, c + 1, c + 8, c + 9 at once.
-__device__ __forceinline__ int factor_slot(int key) {
-  return key / 16 * 16 + key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
-}
 
 // The norm factors of one tile of keys on their way from device memory to shared memory, kBlockN / 32 a lane.
 template <class Traits>
